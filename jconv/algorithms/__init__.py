@@ -1,0 +1,1 @@
+"""One algorithm a file; none knows another. ``table.py`` lists them."""

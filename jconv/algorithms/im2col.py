@@ -1,0 +1,136 @@
+"""im2col + GEMM: the window becomes columns, and a convolution one matrix product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jconv.algorithms.base import Cost, inverse, operand_bytes, pad_and_dilate, refuse_unsized
+from jconv.device import Device
+from jconv.problem import ConvProblem
+
+_MOST_SLICES = 256
+
+
+@dataclass(frozen=True)
+class Im2col:
+    """Slices of the input side by side, then one product; or, where the window is larger than the
+    output (a kernel gradient), one product for each output position and no columns at all."""
+
+    name: str = "im2col"
+
+    def why_not(self, problem: ConvProblem) -> str | None:
+        refusal = refuse_unsized(problem)
+        if refusal is None and _slices(problem) > _MOST_SLICES:
+            return f"needs at most {_MOST_SLICES} slices of lhs, got {_slices(problem)}"
+        return refusal
+
+    def cost(self, problem: ConvProblem, device: Device) -> Cost:
+        per_group = problem.rhs_shape[0] // problem.groups
+        if problem.is_weight_gradient:
+            depth = prod(problem.rhs_shape[1:])
+            columns = prod(problem.rhs_shape[1:]) * problem.lhs_shape[0] * problem.feature_groups
+            moved = columns * _slices(problem)
+        else:
+            depth = prod(problem.rhs_shape[1:])
+            columns = prod(problem.output_shape[2:]) * problem.output_shape[0] * depth * problem.groups
+            moved = 2 * columns
+        efficiency = max(1, 850 * min(depth, 32) // 32 * min(per_group, 16) // 16)
+        size = problem.dtype.itemsize
+        return Cost(2 * problem.macs, operand_bytes(problem) + moved * size, columns * size, efficiency)
+
+    def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        if problem.is_weight_gradient:
+            return _by_position(problem, lhs, rhs)
+        return _by_column(problem, lhs, rhs)
+
+
+def _slices(problem: ConvProblem) -> int:
+    return min(prod(problem.window), prod(problem.output_shape[2:]))
+
+
+def _by_column(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """columns[m, tap, group, c] . rhs[tap, c, group, o] -> [group, m, o], with m over batch and positions."""
+    n, groups = problem.spatial_rank, problem.groups
+    spatial = tuple(range(1, n + 1))
+    lhs_spec, rhs_spec, out_spec = problem.layout
+    x = lhs.transpose(lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
+    w = rhs.transpose(*rhs_spec[2:], rhs_spec[1], rhs_spec[0])
+    x = pad_and_dilate(problem, x, spatial)
+    if problem.batch_groups > 1:
+        x = x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
+        x = jnp.moveaxis(x, 0, -2)
+        x = x.reshape(*x.shape[:-2], groups * x.shape[-1])
+    batch, *positions = problem.output_shape[0], *problem.output_shape[2:]
+    reach = tuple((o - 1) * s + 1 for o, s in zip(positions, problem.strides, strict=True))
+    strides = (1, *problem.strides, 1)
+    taps = []
+    for tap in np.ndindex(*problem.window):
+        start = tuple(t * d for t, d in zip(tap, problem.rhs_dilation, strict=True))
+        stop = tuple(a + r for a, r in zip(start, reach, strict=True))
+        taps.append(lax.slice(x, (0, *start, 0), (batch, *stop, x.shape[-1]), strides))
+    options = {"precision": problem.precision, "preferred_element_type": problem.preferred_element_type}
+    if groups == 1:
+        columns = lax.concatenate(taps, n + 1)
+        y = lax.dot_general(columns, w.reshape(-1, w.shape[-1]), (((n + 1,), (0,)), ((), ())), **options)
+    else:
+        rows, depth, width = batch * prod(positions), w.shape[-2], w.shape[-1] // groups
+        columns = jnp.stack([tap.reshape(rows, groups, depth) for tap in taps], axis=1)
+        kernel = w.reshape(len(taps), depth, groups, width)
+        y = lax.dot_general(columns, kernel, (((1, 3), (0, 1)), ((2,), (2,))), **options)
+        y = y.transpose(1, 0, 2).reshape(batch, *positions, groups * width)
+    return _from_channel_last(y, out_spec)
+
+
+def _by_position(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """For each output position, [batch, group, features, window] . [group, out, features, window], in place:
+    the products contract the operands' own axes, so that nothing is transposed."""
+    n, groups = problem.spatial_rank, problem.groups
+    batch_axis, feature_axis, *spatial = problem.layout.lhs_spec
+    out_axis, in_axis, *window = problem.layout.rhs_spec
+    x = pad_and_dilate(problem, lhs, tuple(spatial))
+    grouped_axis = batch_axis if problem.batch_groups > 1 else feature_axis
+    reach = tuple((k - 1) * d + 1 for k, d in zip(problem.window, problem.rhs_dilation, strict=True))
+    w = rhs.reshape(_split(rhs.shape, out_axis, groups)) if groups > 1 else rhs
+    options = {"precision": problem.precision, "preferred_element_type": problem.preferred_element_type}
+    products = []
+    for position in np.ndindex(*problem.output_shape[2:]):
+        start, stop, step = [0] * x.ndim, list(x.shape), [1] * x.ndim
+        for i, axis in enumerate(spatial):
+            start[axis] = position[i] * problem.strides[i]
+            stop[axis] = start[axis] + reach[i]
+            step[axis] = problem.rhs_dilation[i]
+        part = lax.slice(x, start, stop, step)
+        if groups == 1:
+            axes = ((feature_axis, *spatial), (in_axis, *window))
+            products.append(lax.dot_general(part, w, (axes, ((), ())), **options))
+            continue
+        part = part.reshape(_split(part.shape, grouped_axis, groups))
+        x_contract = tuple(_moved(a, grouped_axis) for a in (feature_axis, *spatial))
+        w_contract = tuple(_moved(a, out_axis) for a in (in_axis, *window))
+        product = lax.dot_general(
+            part, w, ((x_contract, w_contract), ((grouped_axis,), (out_axis,))), **options
+        )
+        product = product.transpose(1, 0, 2)
+        products.append(product.reshape(product.shape[0], -1))
+    y = jnp.stack(products, axis=1).reshape(problem.output_shape[0], *problem.output_shape[2:], -1)
+    return _from_channel_last(y, problem.layout.out_spec)
+
+
+def _split(shape: tuple[int, ...], axis: int, groups: int) -> tuple[int, ...]:
+    return (*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :])
+
+
+def _moved(axis: int, split: int) -> int:
+    """Where ``axis`` stands once axis ``split`` has become two; of those, the inner one."""
+    return axis if axis < split else axis + 1
+
+
+def _from_channel_last(y: jax.Array, out_spec: tuple[int, ...]) -> jax.Array:
+    logical = (0, y.ndim - 1, *range(1, y.ndim - 1))
+    return y.transpose(tuple(logical[i] for i in inverse(out_spec)))

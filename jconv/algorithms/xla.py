@@ -1,0 +1,55 @@
+"""XLA's own convolution. It refuses nothing, so a plan always has an answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+from jax import lax
+
+from jconv.algorithms.base import Cost, operand_bytes
+from jconv.device import Device
+from jconv.problem import ConvProblem
+
+
+@dataclass(frozen=True)
+class Xla:
+    """``jax.lax.conv_general_dilated``: cuDNN on GPU, the matrix units on TPU, YNNPACK or Eigen on CPU."""
+
+    name: str = "xla"
+
+    def why_not(self, problem: ConvProblem) -> str | None:
+        return None
+
+    def cost(self, problem: ConvProblem, device: Device) -> Cost:
+        efficiency = 850 if device.vendor_default else _cpu_efficiency(problem)
+        return Cost(2 * problem.macs, operand_bytes(problem), 0, efficiency)
+
+    def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(
+            lhs,
+            rhs,
+            window_strides=problem.strides,
+            padding=problem.padding,
+            lhs_dilation=problem.lhs_dilation,
+            rhs_dilation=problem.rhs_dilation,
+            dimension_numbers=problem.layout,
+            feature_group_count=problem.feature_groups,
+            batch_group_count=problem.batch_groups,
+            precision=problem.precision,
+            preferred_element_type=problem.preferred_element_type,
+            out_sharding=problem.out_sharding,
+        )
+
+
+def _cpu_efficiency(problem: ConvProblem) -> int:
+    """Thousandths of the matrix-product rate that XLA:CPU was measured to reach (benchmarks/README.md)."""
+    if problem.batch_groups > 1:
+        return max(1, 600 // problem.groups**2)
+    if problem.feature_groups > 1:
+        return max(6, min(250, 8 * problem.rhs_shape[1]))
+    if problem.spatial_rank == 3:
+        return 220
+    if problem.is_weight_gradient:
+        return 450 if problem.output_shape[2:] != (1,) * problem.spatial_rank else 120
+    return 800

@@ -1,0 +1,279 @@
+"""The differentiable convolution: a bilinear JAX primitive, and the same rules as a ``jax.custom_vjp``.
+
+The primitive's parameters are a :class:`ConvProblem` and the algorithm that the caller named, if any.
+Which algorithm runs is decided when the program is lowered, and for the platform that it is lowered
+for. The transposes bind the primitive again on the adjoint problems, and the batching rule folds the
+mapped axis into a batch, a feature or a group axis, so that every transformation of JAX stays inside
+the family and each of its members is planned on its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jconv.adjoint import as_input, input_problem, kernel_for_input, merge_axis, split_axis, weight_problem
+from jconv.algorithms.base import Algorithm
+from jconv.algorithms.xla import Xla
+from jconv.errors import ConvError, ConvTypeError
+from jconv.planner import choose, resolve
+from jconv.problem import ConvProblem
+
+Autodiff = Literal["primitive", "custom_vjp"]
+AlgorithmLike = str | Algorithm
+Bind = Callable[[jax.Array, jax.Array, ConvProblem], jax.Array]
+
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def convolve(
+    lhs: Any, rhs: Any, problem: ConvProblem, algorithm: AlgorithmLike = "auto", autodiff: Autodiff = "primitive"
+) -> jax.Array:
+    """The convolution that ``problem`` describes, of operands that have its shapes and dtype.
+
+    Args:
+        lhs, rhs: arrays in the problem's layout.
+        problem: from :meth:`ConvProblem.of`.
+        algorithm: ``"auto"``, a name, or an Algorithm. A named one serves this call, or it is an
+            error; in derivatives and under ``vmap``, where the problem is another one, it serves
+            where it can and the planner chooses where it cannot.
+        autodiff: ``"primitive"`` for every transformation of JAX; ``"custom_vjp"`` for the same
+            rules in public JAX API only, reverse mode only.
+
+    Raises:
+        AlgorithmError: if the named algorithm cannot serve the problem.
+        ConvError: for an unknown ``autodiff``.
+    """
+    bind = _binder(problem, algorithm, autodiff)
+    return bind(*_equally_varying(jnp.asarray(lhs), jnp.asarray(rhs)), problem)
+
+
+def input_gradient(
+    grad: Any, rhs: Any, problem: ConvProblem, algorithm: AlgorithmLike = "auto", autodiff: Autodiff = "primitive"
+) -> jax.Array:
+    """d/dlhs of ``sum(grad * convolve(lhs, rhs, problem))``, in lhs's layout and shape."""
+    bind = _binder(input_problem(problem), algorithm, autodiff)
+    return _input_rule(bind, *_equally_varying(jnp.asarray(grad), jnp.asarray(rhs)), problem)
+
+
+def weight_gradient(
+    lhs: Any, grad: Any, problem: ConvProblem, algorithm: AlgorithmLike = "auto", autodiff: Autodiff = "primitive"
+) -> jax.Array:
+    """d/drhs of ``sum(grad * convolve(lhs, rhs, problem))``, in rhs's layout and shape."""
+    bind = _binder(weight_problem(problem), algorithm, autodiff)
+    return _weight_rule(bind, *_equally_varying(jnp.asarray(lhs), jnp.asarray(grad)), problem)
+
+
+def as_operand(name: str, value: Any) -> jax.Array:
+    """``value`` as a JAX array; only what already is an array is taken, as in ``jax.lax``."""
+    if isinstance(value, jax.Array):
+        return value
+    if not isinstance(value, np.ndarray | np.generic):
+        raise ConvTypeError(f"{name} must be an array, got {type(value).__name__}; wrap it in jnp.asarray(...)")
+    return jnp.asarray(value)
+
+
+def _binder(problem: ConvProblem, algorithm: AlgorithmLike, autodiff: str) -> Bind:
+    wish = resolve(algorithm, problem)
+    if autodiff == "primitive":
+        return functools.partial(_bind, wish=wish)
+    if autodiff == "custom_vjp":
+        return functools.partial(_reverse_only, wish=wish)
+    raise ConvError(f"autodiff must be 'primitive' or 'custom_vjp', got {autodiff!r}")
+
+
+# The two rules. `bind` computes a problem: the primitive's, or the custom_vjp function's.
+
+
+def _input_rule(bind: Bind, grad: jax.Array, rhs: jax.Array, p: ConvProblem, out_sharding: Any = None) -> jax.Array:
+    kernel = kernel_for_input(p, rhs.astype(grad.dtype))
+    out = bind(grad, kernel, input_problem(p).replace(out_sharding=out_sharding))
+    return as_input(p, out).astype(p.dtype)
+
+
+def _weight_rule(bind: Bind, lhs: jax.Array, grad: jax.Array, p: ConvProblem, out_sharding: Any = None) -> jax.Array:
+    out = bind(lhs.astype(grad.dtype), grad, weight_problem(p).replace(out_sharding=out_sharding))
+    return out.astype(p.dtype)
+
+
+# The primitive.
+
+conv_p = Primitive("jconv")
+
+
+def _bind(lhs: jax.Array, rhs: jax.Array, problem: ConvProblem, wish: Algorithm | None) -> jax.Array:
+    with jax.named_scope("jconv"):
+        return conv_p.bind(*_equally_varying(lhs, rhs), problem=problem, wish=wish)
+
+
+@functools.lru_cache(maxsize=4096)
+def _jitted(problem: ConvProblem, wish: Algorithm | None) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    return jax.jit(functools.partial(_bind, problem=problem, wish=wish))
+
+
+@conv_p.def_impl
+def _evaluate(lhs: jax.Array, rhs: jax.Array, *, problem: ConvProblem, wish: Algorithm | None) -> jax.Array:
+    return _jitted(problem, wish)(lhs, rhs)
+
+
+@conv_p.def_abstract_eval
+def _abstract(lhs: Any, rhs: Any, *, problem: ConvProblem, wish: Algorithm | None) -> Any:
+    return _lax_type(lhs, rhs, problem)
+
+
+@functools.lru_cache(maxsize=4096)
+def _lax_type(lhs: Any, rhs: Any, problem: ConvProblem) -> Any:
+    """The result's type by lax's own rules for shapes, dtypes, weak types, shardings and varying axes."""
+    return jax.make_jaxpr(functools.partial(Xla().run, problem))(lhs, rhs).out_avals[0]
+
+
+def _lower(ctx: Any, lhs: Any, rhs: Any, *, problem: ConvProblem, wish: Algorithm | None, platform: str) -> Any:
+    # Algorithms are traced without the shardings of an explicit mesh: the partitioner places them.
+    ctx = ctx.replace(avals_in=[_unsharded(aval) for aval in ctx.avals_in])
+    problem = problem.replace(out_sharding=None)
+    chosen = choose(problem, wish, platform)
+    return mlir.lower_fun(_runner(chosen, problem), multiple_results=False)(ctx, lhs, rhs)
+
+
+@functools.lru_cache(maxsize=4096)
+def _runner(algorithm: Algorithm, problem: ConvProblem) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The algorithm as an inner jit, so that equal convolutions of a program are traced and lowered once."""
+
+    def run(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        with jax.named_scope(f"jconv.{algorithm.name}"):
+            return algorithm.run(problem, lhs, rhs)
+
+    run.__name__ = f"jconv_{algorithm.name}"
+    return jax.jit(run)
+
+
+for _platform in _PLATFORMS:
+    mlir.register_lowering(conv_p, functools.partial(_lower, platform=_platform), platform=_platform)
+mlir.register_lowering(conv_p, functools.partial(_lower, platform="default"))
+
+
+def _transpose_lhs(grad: Any, lhs: Any, rhs: Any, *, problem: ConvProblem, wish: Algorithm | None) -> Any:
+    return _input_rule(functools.partial(_bind, wish=wish), grad, rhs, problem, _explicit_sharding(lhs.aval))
+
+
+def _transpose_rhs(grad: Any, lhs: Any, rhs: Any, *, problem: ConvProblem, wish: Algorithm | None) -> Any:
+    return _weight_rule(functools.partial(_bind, wish=wish), lhs, grad, problem, _explicit_sharding(rhs.aval))
+
+
+ad.defbilinear(conv_p, _transpose_lhs, _transpose_rhs)
+
+
+def _batch(operands: Any, axes: Any, *, problem: ConvProblem, wish: Algorithm | None) -> tuple[jax.Array, int]:
+    """vmap stays inside the family: the mapped axis becomes batch, output features, or groups."""
+    (lhs, rhs), (lhs_axis, rhs_axis) = operands, axes
+    size = lhs.shape[lhs_axis] if lhs_axis is not None else rhs.shape[rhs_axis]
+    lhs_spec, rhs_spec, out_spec = problem.layout
+    p = problem
+    if isinstance(size, int) and size == 0:
+        shape = tuple(p.output_shape[out_spec.index(axis)] for axis in range(len(out_spec)))
+        return jnp.zeros((0, *shape), p.out_dtype), 0
+    if rhs_axis is None and p.batch_groups == 1:
+        folded, target = p.replace(lhs_shape=_times(p.lhs_shape, 0, size)), out_spec[0]
+        lhs = merge_axis(lhs, lhs_axis, lhs_spec[0])
+    elif lhs_axis is None and p.groups == 1:
+        folded, target = p.replace(rhs_shape=_times(p.rhs_shape, 0, size)), out_spec[1]
+        rhs = merge_axis(rhs, rhs_axis, rhs_spec[0])
+    else:
+        lhs = jnp.broadcast_to(lhs, (size, *lhs.shape)) if lhs_axis is None else jnp.moveaxis(lhs, lhs_axis, 0)
+        rhs = jnp.broadcast_to(rhs, (size, *rhs.shape)) if rhs_axis is None else jnp.moveaxis(rhs, rhs_axis, 0)
+        rhs = merge_axis(rhs, 0, rhs_spec[0])
+        grouped = 0 if p.batch_groups > 1 else 1
+        lhs = merge_axis(lhs, 0, lhs_spec[grouped])
+        groups = {"batch_groups" if grouped == 0 else "feature_groups": p.groups * size}
+        folded = p.replace(
+            lhs_shape=_times(p.lhs_shape, grouped, size), rhs_shape=_times(p.rhs_shape, 0, size), **groups
+        )
+        target = out_spec[1]
+    out = _bind(lhs, rhs, folded, wish)
+    return split_axis(out, target, size), target
+
+
+batching.primitive_batchers[conv_p] = _batch
+
+
+# The same rules by public API alone.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _custom(lhs: jax.Array, rhs: jax.Array, problem: ConvProblem, wish: Algorithm | None) -> jax.Array:
+    with jax.named_scope("jconv"):
+        on_cpu, elsewhere = choose(problem, wish, "cpu"), choose(problem, wish, "default")
+        if on_cpu == elsewhere:
+            return _runner(on_cpu, problem)(lhs, rhs)
+        return lax.platform_dependent(
+            lhs, rhs, cpu=_runner(on_cpu, problem), default=_runner(elsewhere, problem)
+        )
+
+
+def _custom_forward(lhs: Any, rhs: Any, problem: ConvProblem, wish: Algorithm | None) -> Any:
+    return _custom(lhs, rhs, problem, wish), (lhs, rhs)
+
+
+def _custom_backward(problem: ConvProblem, wish: Algorithm | None, operands: Any, grad: Any) -> Any:
+    lhs, rhs = operands
+    bind = functools.partial(_custom, wish=wish)
+    return _input_rule(bind, grad, rhs, problem), _weight_rule(bind, lhs, grad, problem)
+
+
+_custom.defvjp(_custom_forward, _custom_backward)
+
+
+def _reverse_only(lhs: jax.Array, rhs: jax.Array, problem: ConvProblem, wish: Algorithm | None) -> jax.Array:
+    try:
+        return _custom(lhs, rhs, problem, wish)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise ConvError(
+            "autodiff='custom_vjp' has no forward mode (jvp, jacfwd, linearize, hessian); "
+            "use the default autodiff='primitive'"
+        ) from error
+
+
+# Types of operands inside shard_map and under explicit meshes.
+
+
+def _equally_varying(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Under ``shard_map(check_vma=True)``, both operands cast to vary over the union of their mesh axes."""
+    left, right = _varying(lhs), _varying(rhs)
+    if left == right:
+        return lhs, rhs
+    return _vary(lhs, right - left), _vary(rhs, left - right)
+
+
+def _varying(x: Any) -> frozenset[Any]:
+    aval = jax.typeof(x)
+    return aval.mat.varying if hasattr(aval, "mat") else aval.vma  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _vary(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
+    return lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+def _explicit_sharding(aval: Any) -> Any:
+    sharding = getattr(aval, "sharding", None)
+    if sharding is None or jax.sharding.AxisType.Explicit not in getattr(sharding.mesh, "axis_types", ()):
+        return None
+    return sharding
+
+
+def _unsharded(aval: Any) -> Any:
+    sharding = _explicit_sharding(aval)
+    return aval if sharding is None else aval.update(sharding=sharding.update(spec=(None,) * aval.ndim))
+
+
+def _times(shape: tuple[int, ...], axis: int, factor: int) -> tuple[int, ...]:
+    return (*shape[:axis], shape[axis] * factor, *shape[axis + 1 :])

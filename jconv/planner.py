@@ -1,0 +1,127 @@
+"""Which algorithm serves a problem, and why. The plan speaks: print it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from jconv.algorithms.base import Algorithm, Cost
+from jconv.algorithms.table import ALGORITHMS
+from jconv.device import Device, device_for
+from jconv.errors import AlgorithmError, ConvTypeError
+from jconv.problem import ConvProblem, is_static
+
+_BATCH_GUESS = 8
+_XLA = ALGORITHMS[-1]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of a plan: an algorithm with its cost, or with the reason for its refusal."""
+
+    algorithm: Algorithm
+    cost: Cost | None
+    time_ns: int | None
+    refusal: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choice for one problem on one platform, with every candidate. ``print(plan)`` shows it."""
+
+    problem: ConvProblem
+    device: Device
+    algorithm: Algorithm
+    reason: str
+    candidates: tuple[Candidate, ...]
+
+    def __str__(self) -> str:
+        rows = [("algorithm", "estimate", "GFLOP", "MB moved", "MB workspace", "")]
+        for c in self.candidates:
+            mark = "<- chosen" if c.algorithm == self.algorithm else ""
+            if c.cost is None or c.time_ns is None:
+                rows.append((c.algorithm.name, "refused", "", "", "", f"{c.refusal}"))
+            else:
+                note = " ".join(filter(None, (c.refusal, mark)))
+                rows.append(
+                    (c.algorithm.name, _milliseconds(c.time_ns), f"{c.cost.flops / 1e9:.3g}",
+                     f"{c.cost.bytes / 1e6:.3g}", f"{c.cost.workspace / 1e6:.3g}", note)
+                )  # fmt: skip
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [
+            "  " + "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5)), row[5]]).rstrip()
+            for row in rows
+        ]
+        head = f"{self.problem}\non {self.device.platform}: {self.algorithm.name} ({self.reason})"
+        return "\n".join([head, *lines])
+
+
+@lru_cache(maxsize=4096)
+def plan(problem: ConvProblem, platform: str) -> Plan:
+    """The fastest admissible algorithm by the cost model; a vendor's kernels where the device has them."""
+    device = device_for(platform)
+    sized = _sized(problem)
+    candidates = tuple(_candidate(algorithm, problem, sized, device) for algorithm in ALGORITHMS)
+    admitted = [c for c in candidates if c.refusal is None and c.time_ns is not None]
+    if device.vendor_default:
+        return Plan(problem, device, _XLA, f"the vendor's kernels are the default on {platform}", candidates)
+    best = min(admitted, key=lambda c: c.time_ns or 0)
+    return Plan(problem, device, best.algorithm, "the smallest estimate", candidates)
+
+
+def resolve(algorithm: Any, problem: ConvProblem) -> Algorithm | None:
+    """The algorithm that a caller named, or None for ``"auto"``.
+
+    Raises:
+        AlgorithmError: if no algorithm has that name, or if it cannot serve the problem.
+    """
+    if isinstance(algorithm, str):
+        if algorithm == "auto":
+            return None
+        named = [a for a in ALGORITHMS if a.name == algorithm]
+        if not named:
+            raise AlgorithmError(
+                f"algorithm must be 'auto' or one of {', '.join(a.name for a in ALGORITHMS)}, got {algorithm!r}"
+            )
+        algorithm = named[0]
+    if not isinstance(algorithm, Algorithm) or isinstance(algorithm, type):
+        raise ConvTypeError(f"algorithm must be a name or an Algorithm, got {algorithm!r}")
+    refusal = algorithm.why_not(problem)
+    if refusal is not None:
+        able = [a.name for a in ALGORITHMS if a.why_not(problem) is None]
+        raise AlgorithmError(
+            f"algorithm {algorithm.name!r} cannot serve this convolution: it {refusal}; these can: {', '.join(able)}"
+        )
+    return algorithm
+
+
+def choose(problem: ConvProblem, wish: Algorithm | None, platform: str) -> Algorithm:
+    """``wish`` where it can serve the problem, else the plan's choice."""
+    if wish is not None and wish.why_not(problem) is None:
+        return wish
+    return plan(problem, platform).algorithm
+
+
+def _candidate(algorithm: Algorithm, problem: ConvProblem, sized: ConvProblem, device: Device) -> Candidate:
+    refusal = algorithm.why_not(problem)
+    if refusal is not None:
+        return Candidate(algorithm, None, None, refusal)
+    cost = algorithm.cost(sized, device)
+    time_ns = 1000 * cost.flops // (device.flops_per_ns * cost.efficiency) + cost.bytes // device.bytes_per_ns
+    if cost.workspace > device.workspace_limit:
+        refusal = f"needs {cost.workspace >> 20} MiB of workspace, the limit is {device.workspace_limit >> 20}"
+    return Candidate(algorithm, cost, time_ns, refusal)
+
+
+def _sized(problem: ConvProblem) -> ConvProblem:
+    """The problem with a guess in place of every symbolic size, for the cost model only."""
+
+    def guess(shape: tuple[Any, ...]) -> tuple[int, ...]:
+        return tuple(d if is_static(d) else _BATCH_GUESS for d in shape)
+
+    return problem.replace(lhs_shape=guess(problem.lhs_shape), rhs_shape=guess(problem.rhs_shape))
+
+
+def _milliseconds(ns: int) -> str:
+    return f"{ns / 1e6:.3g} ms"

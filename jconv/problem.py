@@ -1,0 +1,351 @@
+"""One description of a convolution: every argument is parsed here, once; later code trusts it."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jconv.errors import ConvError, ConvTypeError
+
+Layout = lax.ConvDimensionNumbers
+Pads = tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvProblem:
+    """A convolution without its operands: frozen, hashable, a jit-static value and a cache key.
+
+    Shapes are in logical order whatever the layout: ``lhs_shape`` is (batch, features, *spatial)
+    and ``rhs_shape`` (out features, in features / groups, *window). Padding is explicit and may be
+    negative. Build one with :meth:`of`, which resolves ``'SAME'``, ``'NHWC'`` and ``None``.
+
+    >>> import jax, jax.numpy as jnp
+    >>> x = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
+    >>> w = jax.ShapeDtypeStruct((3, 3, 3, 16), jnp.float32)
+    >>> p = ConvProblem.of(x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    >>> p.padding, p.output_shape, p.macs
+    (((0, 1), (0, 1)), (8, 16, 16, 16), 884736)
+    """
+
+    lhs_shape: tuple[int, ...]
+    rhs_shape: tuple[int, ...]
+    layout: Layout
+    strides: tuple[int, ...]
+    padding: Pads
+    lhs_dilation: tuple[int, ...]
+    rhs_dilation: tuple[int, ...]
+    feature_groups: int
+    batch_groups: int
+    dtype: np.dtype
+    precision: Any = None
+    preferred_element_type: np.dtype | None = None
+    out_sharding: NamedSharding | PartitionSpec | None = None
+
+    @classmethod
+    def of(
+        cls,
+        lhs: Any,
+        rhs: Any,
+        window_strides: Sequence[int],
+        padding: str | Sequence[tuple[int, int]],
+        lhs_dilation: Sequence[int] | None = None,
+        rhs_dilation: Sequence[int] | None = None,
+        dimension_numbers: Any = None,
+        feature_group_count: int = 1,
+        batch_group_count: int = 1,
+        precision: Any = None,
+        preferred_element_type: Any = None,
+        out_sharding: Any = None,
+    ) -> ConvProblem:
+        """The problem that ``jax.lax.conv_general_dilated`` with these arguments poses.
+
+        Args:
+            lhs, rhs: anything with ``shape`` and ``dtype``, such as arrays or ShapeDtypeStructs.
+            window_strides, ...: as in ``jax.lax.conv_general_dilated``.
+
+        Raises:
+            ConvError: for values that describe no convolution (:class:`ConvTypeError` where lax
+                raises ``TypeError``), with the argument, what came, and the remedy.
+        """
+        lhs_dtype, rhs_dtype = _dtype("lhs", lhs), _dtype("rhs", rhs)
+        if lhs_dtype != rhs_dtype:
+            raise ConvTypeError(
+                f"lhs and rhs need the same dtype, got {lhs_dtype} and {rhs_dtype}; cast one of them with .astype()"
+            )
+        layout = _layout(lhs.shape, rhs.shape, dimension_numbers)
+        n = len(layout.rhs_spec) - 2
+        lhs_shape = tuple(lhs.shape[d] for d in layout.lhs_spec)
+        rhs_shape = tuple(rhs.shape[d] for d in layout.rhs_spec)
+        strides = positive_tuple("window_strides", window_strides, n)
+        lhs_dil = positive_tuple("lhs_dilation", (1,) * n if lhs_dilation is None else lhs_dilation, n)
+        rhs_dil = positive_tuple("rhs_dilation", (1,) * n if rhs_dilation is None else rhs_dilation, n)
+        feature_groups = _positive("feature_group_count", feature_group_count)
+        batch_groups = _positive("batch_group_count", batch_group_count)
+        _check_groups(lhs_shape, rhs_shape, feature_groups, batch_groups)
+        pads = _pads(padding, lhs_shape[2:], rhs_shape[2:], strides, lhs_dil, rhs_dil)
+        out_dtype = _preferred(lhs_dtype, preferred_element_type)
+        problem = cls(
+            lhs_shape, rhs_shape, layout, strides, pads, lhs_dil, rhs_dil, feature_groups, batch_groups,
+            lhs_dtype, _precision(precision), out_dtype, out_sharding,
+        )  # fmt: skip
+        for axis, size in enumerate(problem.padded):
+            if is_static(size) and size < 0:
+                raise ConvError(
+                    f"padding {pads[axis]} takes more than spatial axis {axis} has: "
+                    f"{problem.lhs_shape[2 + axis]} elements; negative padding may remove at most all of them"
+                )
+        return problem
+
+    @cached_property
+    def lhs_extent(self) -> tuple[int, ...]:
+        """Spatial sizes of lhs after its dilation."""
+        return dilated(self.lhs_shape[2:], self.lhs_dilation)
+
+    @cached_property
+    def rhs_extent(self) -> tuple[int, ...]:
+        """Window sizes after the dilation of rhs."""
+        return dilated(self.rhs_shape[2:], self.rhs_dilation)
+
+    @cached_property
+    def padded(self) -> tuple[int, ...]:
+        """Spatial sizes of lhs after dilation and padding."""
+        return tuple(s + lo + hi for s, (lo, hi) in zip(self.lhs_extent, self.padding, strict=True))
+
+    @cached_property
+    def output_shape(self) -> tuple[int, ...]:
+        """Logical shape (batch, features, *spatial) of the result."""
+        spatial = tuple(
+            max(0, (p - r) // s + 1) if is_static(p, r) else (p - r) // s + 1
+            for p, r, s in zip(self.padded, self.rhs_extent, self.strides, strict=True)
+        )
+        return (self.lhs_shape[0] // self.batch_groups, self.rhs_shape[0], *spatial)
+
+    @property
+    def out_dtype(self) -> np.dtype:
+        return self.dtype if self.preferred_element_type is None else self.preferred_element_type
+
+    @property
+    def spatial_rank(self) -> int:
+        return len(self.strides)
+
+    @property
+    def groups(self) -> int:
+        """Feature groups or batch groups; at most one of them is above 1."""
+        return max(self.feature_groups, self.batch_groups)
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        return self.rhs_shape[2:]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of direct summation, padding counted as if it were data."""
+        return prod(self.output_shape) * prod(self.rhs_shape[1:])
+
+    @property
+    def is_pointwise(self) -> bool:
+        return all(is_static(k) and k == 1 for k in self.window)
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.feature_groups > 1 and self.rhs_shape[1] == 1
+
+    @property
+    def is_weight_gradient(self) -> bool:
+        """True for the shape of a kernel gradient: a large window that yields a small output."""
+        return prod(self.window) > prod(self.output_shape[2:])
+
+    @property
+    def is_empty(self) -> bool:
+        return any(is_static(d) and d == 0 for d in (*self.lhs_shape, *self.rhs_shape, *self.output_shape))
+
+    def replace(self, **changes: Any) -> ConvProblem:
+        return dataclasses.replace(self, **changes)
+
+    def __str__(self) -> str:
+        parts = [f"{self.dtype} {_x(self.lhs_shape)} * {_x(self.rhs_shape)} -> {_x(self.output_shape)}"]
+        one = (1,) * self.spatial_rank
+        for name, value, default in (
+            ("strides", self.strides, one),
+            ("padding", self.padding, ((0, 0),) * self.spatial_rank),
+            ("lhs_dilation", self.lhs_dilation, one),
+            ("rhs_dilation", self.rhs_dilation, one),
+            ("feature_groups", self.feature_groups, 1),
+            ("batch_groups", self.batch_groups, 1),
+            ("precision", self.precision, None),
+            ("preferred_element_type", self.preferred_element_type, None),
+        ):
+            if value != default:
+                parts.append(f"{name} {value}")
+        return ", ".join(parts)
+
+
+def dilated(sizes: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
+    """Sizes after ``d - 1`` holes between neighbours; nothing stays nothing."""
+    return tuple(0 if is_static(s) and s == 0 else 1 + d * (s - 1) for s, d in zip(sizes, dilation, strict=True))
+
+
+def is_static(*dims: Any) -> bool:
+    """False if a dimension is symbolic, as in an export with a symbolic batch."""
+    return not any(hasattr(d, "scope") for d in dims)
+
+
+def integer(name: str, value: Any, minimum: int) -> int:
+    """``value`` as an int of at least ``minimum``; strings, booleans and fractions are refused."""
+    if isinstance(value, bool | np.bool_) or isinstance(value, str):
+        raise ConvTypeError(f"{name} must be an integer, got {value!r}; write it as a number such as {max(minimum, 1)}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ConvTypeError(f"{name} must be an integer known at trace time, got {value!r}; pass a Python int") from None
+    if number < minimum:
+        raise ConvError(f"{name} must be at least {minimum}, got {number}")
+    return number
+
+
+def positive_tuple(name: str, value: Any, length: int) -> tuple[int, ...]:
+    """``value`` as a tuple of ``length`` integers of at least 1."""
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise ConvTypeError(f"{name} must be a sequence of {length} integers, got {value!r}; write {(1,) * length}")
+    numbers = tuple(integer(f"{name}[{i}]", v, 1) for i, v in enumerate(value))
+    if len(numbers) != length:
+        raise ConvError(
+            f"{name} has {len(numbers)} entries, got {numbers}, but the operands have {length} spatial dimensions; "
+            f"give one entry for each"
+        )
+    return numbers
+
+
+def _positive(name: str, value: Any) -> int:
+    return integer(name, value, 1)
+
+
+def _x(shape: Sequence[Any]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _dtype(name: str, operand: Any) -> np.dtype:
+    if not hasattr(operand, "shape") or not hasattr(operand, "dtype"):
+        raise ConvTypeError(f"{name} must be an array, got {type(operand).__name__}; wrap it in jnp.asarray(...)")
+    dtype = operand.dtype
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+        raise ConvTypeError(f"{name} has dtype {dtype}, which cannot be multiplied; pass numbers")
+    return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+
+
+def _layout(lhs_shape: Sequence[int], rhs_shape: Sequence[int], numbers: Any) -> Layout:
+    n = len(lhs_shape)
+    if n != len(rhs_shape):
+        raise ConvTypeError(
+            f"lhs and rhs need the same number of dimensions, got shapes {tuple(lhs_shape)} and {tuple(rhs_shape)}; "
+            "add the batch dimension or the missing window dimensions"
+        )
+    if n < 2:
+        raise ConvTypeError(f"lhs and rhs need a batch and a feature dimension, got shapes {lhs_shape} and {rhs_shape}")
+    try:
+        layout = lax.conv_dimension_numbers(tuple(lhs_shape), tuple(rhs_shape), numbers)
+        specs = Layout(*(tuple(operator.index(d) for d in spec) for spec in layout))
+    except (TypeError, ValueError, IndexError) as error:
+        raise ConvTypeError(f"dimension_numbers {numbers!r} do not describe rank {n}: {error}") from None
+    for name, spec in zip(("lhs_spec", "rhs_spec", "out_spec"), specs, strict=True):
+        if sorted(spec) != list(range(n)):
+            raise ConvTypeError(f"dimension_numbers.{name} must order the axes 0 to {n - 1}, got {spec}")
+    return specs
+
+
+def _check_groups(lhs_shape: Any, rhs_shape: Any, feature_groups: int, batch_groups: int) -> None:
+    batch, features = lhs_shape[:2]
+    out_features, in_features = rhs_shape[:2]
+    if feature_groups > 1 and batch_groups > 1:
+        raise ConvError(
+            f"feature_group_count and batch_group_count cannot both be above 1, got {feature_groups} and {batch_groups}"
+        )
+    if features % feature_groups != 0:
+        raise ConvError(
+            f"feature_group_count must divide the features of lhs, got {feature_groups} groups for {features} features"
+        )
+    if features // feature_groups != in_features:
+        raise ConvError(
+            f"lhs has {features} features in {feature_groups} group(s), so rhs needs {features // feature_groups} "
+            f"input features, got {in_features} (rhs is {tuple(rhs_shape)} as out features, in features, *window); "
+            "check dimension_numbers and feature_group_count"
+        )
+    for name, groups in (("feature_group_count", feature_groups), ("batch_group_count", batch_groups)):
+        if out_features % groups != 0:
+            raise ConvError(f"{name} must divide the output features of rhs, got {groups} groups for {out_features} features")
+    if batch_groups > 1 and batch % batch_groups != 0:
+        raise ConvError(f"batch_group_count must divide the batch of lhs, got {batch_groups} groups for a batch of {batch}")
+
+
+def _pads(padding: Any, spatial: Any, window: Any, strides: Any, lhs_dilation: Any, rhs_dilation: Any) -> Pads:
+    n = len(strides)
+    if isinstance(padding, str):
+        if any(d != 1 for d in lhs_dilation):
+            raise ConvError(
+                f"padding {padding!r} has no agreed meaning with lhs_dilation {lhs_dilation}; "
+                "give (low, high) pairs or use conv_transpose"
+            )
+        try:
+            pads = lax.padtype_to_pads(spatial, dilated(window, rhs_dilation), strides, padding)
+        except (RuntimeError, ValueError, TypeError):
+            raise ConvError(
+                f"padding must be 'SAME', 'SAME_LOWER', 'VALID' or {n} (low, high) pairs, got {padding!r}"
+            ) from None
+        return tuple((lo, hi) for lo, hi in pads)
+    try:
+        pads = tuple((_pad(lo), _pad(hi)) for lo, hi in padding)
+    except (TypeError, ValueError):
+        raise ConvError(
+            f"padding must be 'SAME', 'SAME_LOWER', 'VALID' or {n} (low, high) pairs of integers, got {padding!r}"
+        ) from None
+    if len(pads) != n:
+        raise ConvTypeError(f"padding has {len(pads)} pairs, got {pads}, but the operands have {n} spatial dimensions")
+    return pads
+
+
+def _pad(value: Any) -> int:
+    return operator.index(value) if is_static(value) else value
+
+
+def _preferred(dtype: np.dtype, preferred: Any) -> np.dtype | None:
+    if preferred is None:
+        return None
+    try:
+        wanted = np.dtype(jax.dtypes.canonicalize_dtype(preferred))
+    except TypeError:
+        raise ConvTypeError(f"preferred_element_type must be a dtype, got {preferred!r}") from None
+    if wanted.itemsize < dtype.itemsize:
+        raise ConvTypeError(
+            f"preferred_element_type must not be narrower than the operands, got {wanted} for {dtype}; "
+            "cast the result instead"
+        )
+    return None if wanted == dtype else wanted
+
+
+def _precision(precision: Any) -> Any:
+    """What lax admits, hashable; None takes ``jax.default_matmul_precision`` as lax does."""
+    if precision is None:
+        precision = jax.config.jax_default_matmul_precision
+    if precision is None or isinstance(precision, lax.DotAlgorithm | lax.DotAlgorithmPreset):
+        return precision
+    if isinstance(precision, str) and precision in lax.DotAlgorithmPreset.__members__:
+        return lax.DotAlgorithmPreset[precision]
+    try:
+        if isinstance(precision, tuple | list):
+            left, right = precision
+            return (lax.Precision(left), lax.Precision(right))
+        return lax.Precision(precision)
+    except (ValueError, TypeError):
+        raise ConvError(
+            "precision must be None, a jax.lax.Precision, its name such as 'highest', or a pair of them, "
+            f"got {precision!r}"
+        ) from None
