@@ -22,7 +22,7 @@ from jax.interpreters import ad, batching, mlir
 
 from jconv.adjoint import as_input, input_problem, kernel_for_input, merge_axis, split_axis, weight_problem
 from jconv.algorithms.base import Algorithm
-from jconv.algorithms.xla import Xla
+from jconv.algorithms.xla import convolution
 from jconv.errors import ConvError, ConvTypeError
 from jconv.planner import choose, resolve
 from jconv.problem import ConvProblem
@@ -132,7 +132,7 @@ def _abstract(lhs: Any, rhs: Any, *, problem: ConvProblem, wish: Algorithm | Non
 @functools.lru_cache(maxsize=4096)
 def _lax_type(lhs: Any, rhs: Any, problem: ConvProblem) -> Any:
     """The result's type by lax's own rules for shapes, dtypes, weak types, shardings and varying axes."""
-    return jax.make_jaxpr(functools.partial(Xla().run, problem))(lhs, rhs).out_avals[0]
+    return jax.make_jaxpr(functools.partial(convolution, problem))(lhs, rhs).out_avals[0]
 
 
 def _lower(ctx: Any, lhs: Any, rhs: Any, *, problem: ConvProblem, wish: Algorithm | None, platform: str) -> Any:

@@ -1,0 +1,24 @@
+import os
+
+# Thousands of small programs are compiled once and run once: LLVM's optimiser would be most of the time.
+# Eight virtual devices serve the sharding tests.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_force_host_platform_device_count=8",
+    ]
+)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_caches():
+    """Compiled programs pile up to gigabytes over thousands of cases."""
+    yield
+    jax.clear_caches()

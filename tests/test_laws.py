@@ -1,0 +1,181 @@
+"""The laws of docs/design.md, each a test under its name, over the table of cases."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from cases import CASES
+from tolerances import assert_close, bfloat16
+
+import jconv
+from jconv import ALGORITHMS
+from jconv.adjoint import input_problem, trimmed, weight_problem
+from jconv.convolve import input_gradient, weight_gradient
+from jconv.planner import plan
+
+FLOATS = (np.float32, np.float64, np.float16, bfloat16, np.complex64, np.complex128)
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+each_case_and_algorithm = pytest.mark.parametrize(
+    "case,algorithm",
+    [pytest.param(c, a, id=f"{c.name}-{a.name}") for c in CASES for a in ALGORITHMS if a.why_not(c.problem()) is None],
+)
+
+
+def name_of(dtype):
+    return np.dtype(dtype).name
+
+
+@each_case_and_algorithm
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+def test_value(case, algorithm, dtype):
+    problem = case.problem(dtype)
+    lhs, rhs = case.operands(dtype)
+    actual = jconv.conv_general_dilated(lhs, rhs, **case.arguments, algorithm=algorithm)
+    assert actual.dtype == np.dtype(dtype)
+    assert_close(actual, reference.convolve(problem, lhs, rhs), algorithm.name, dtype)
+
+
+@each_case_and_algorithm
+@pytest.mark.parametrize("dtype", (np.int8, np.uint8, np.int32, np.float32, bfloat16), ids=name_of)
+def test_exact(case, algorithm, dtype):
+    """Integers small enough to be exact in the dtype give bit-equal results."""
+    problem = case.problem(dtype)
+    wide = {np.int8: np.int32, np.uint8: np.uint32, bfloat16: np.float32}.get(dtype)
+    lhs, rhs = (x.astype(dtype) for x in case.operands(np.uint8 if dtype is np.uint8 else np.int8))
+    actual = jconv.conv_general_dilated(
+        lhs, rhs, **case.arguments, algorithm=algorithm, preferred_element_type=wide
+    )
+    expected = reference.convolve(problem, lhs, rhs)
+    assert actual.dtype == np.dtype(wide or dtype)
+    np.testing.assert_array_equal(np.asarray(actual).astype(expected.dtype), expected)
+
+
+@each_case_and_algorithm
+def test_gradient(case, algorithm):
+    """vjp, jvp, and the Hessian's product with a vector, of both operands, as lax's."""
+    dtype = np.float64
+    x, w = case.operands(dtype)
+    dx, dw = case.operands(dtype, seed=1)
+
+    def everything(conv, x, w, dx, dw):
+        def f(x, w):
+            return conv(x, w, **case.arguments)
+
+        def loss(x, w):
+            return jnp.sin(f(x, w)).sum()
+
+        y, dy = jax.jvp(f, (x, w), (dx, dw))
+        gradient, curvature = jax.jvp(jax.grad(loss, (0, 1)), (x, w), (dx, dw))
+        again = jax.grad(lambda x, w: sum(jnp.vdot(a, b) for a, b in zip(jax.grad(loss, (0, 1))(x, w), (dx, dw))), (0, 1))
+        return y, dy, gradient, curvature, again(x, w)
+
+    def ours(*args, **kwargs):
+        return jconv.conv_general_dilated(*args, **kwargs, algorithm=algorithm)
+
+    actual = jax.jit(everything, static_argnums=0)(ours, x, w, dx, dw)
+    expected = jax.jit(everything, static_argnums=0)(jax.lax.conv_general_dilated, x, w, dx, dw)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert_close(a, e, algorithm.name, dtype, factor=4)
+
+
+@each_case_and_algorithm
+def test_adjoint(case, algorithm):
+    """<conv(x, w), g> == <x, conv_input(g, w)> == <w, conv_weight(x, g)>, in integers: exactly."""
+    problem = case.problem(np.int32)
+    x, w = case.operands(np.int32)
+    y = np.asarray(jconv.conv_general_dilated(x, w, **case.arguments, algorithm=algorithm))
+    g = np.random.default_rng(7).integers(-4, 5, y.shape).astype(np.int32)
+    named = {
+        "input": algorithm if algorithm.why_not(input_problem(problem)) is None else "auto",
+        "weight": algorithm if algorithm.why_not(weight_problem(problem)) is None else "auto",
+    }
+    gx = np.asarray(input_gradient(g, w, problem, named["input"]))
+    gw = np.asarray(weight_gradient(x, g, problem, named["weight"]))
+    assert gx.shape == x.shape and gw.shape == w.shape
+    assert np.vdot(y, g) == np.vdot(x, gx) == np.vdot(w, gw)
+
+
+@each_case
+def test_involution(case):
+    """The input problem of the input problem is the problem, and so for the weight; in integers alone."""
+    problem = case.problem()
+    if 0 in problem.output_shape or problem.batch_groups > 1:
+        pytest.skip("an empty output forgets the geometry; batch groups come back as feature groups")
+    assert input_problem(input_problem(problem)) == trimmed(problem)
+    assert weight_problem(weight_problem(problem)) == trimmed(problem)
+
+
+@each_case
+@pytest.mark.parametrize("platform", ("cpu", "cuda", "rocm", "tpu"))
+def test_total(case, platform):
+    """A plan always has an algorithm that can serve, and gives its reason for each refusal."""
+    for problem in (case.problem(), input_problem(case.problem()), weight_problem(case.problem())):
+        p = plan(problem, platform)
+        assert p.algorithm.why_not(problem) is None
+        assert len(p.candidates) == len(ALGORITHMS)
+        for c in p.candidates:
+            assert (c.refusal is None) or len(c.refusal) > 10
+            assert c.algorithm.name in str(p)
+            assert c.refusal is None or c.refusal in str(p)
+        if platform != "cpu":
+            assert p.algorithm.name == "xla"
+
+
+def test_not_vacuous():
+    """Each algorithm serves at least this many of the cases."""
+    served = {a.name: sum(a.why_not(c.problem()) is None for c in CASES) for a in ALGORITHMS}
+    assert served["xla"] == len(CASES) >= 60
+    assert served["im2col"] >= len(CASES) - 2
+    assert served["pointwise"] >= 10
+    assert len({c.name for c in CASES}) == len(CASES)
+
+
+def test_refused_never_runs():
+    """A named algorithm that cannot serve says why in its own words, and names those that can."""
+    case = next(c for c in CASES if c.name == "dense_2d:same")
+    x, w = case.operands(np.float32)
+    with pytest.raises(jconv.AlgorithmError, match=r"needs a window of ones, got \(3, 3\).*im2col, xla"):
+        jconv.conv_general_dilated(x, w, **case.arguments, algorithm="pointwise")
+    with pytest.raises(jconv.AlgorithmError, match="'auto' or one of pointwise, im2col, xla, got 'winogrand'"):
+        jconv.conv_general_dilated(x, w, **case.arguments, algorithm="winogrand")
+    with pytest.raises(jconv.ConvTypeError, match="a name or an Algorithm, got 3"):
+        jconv.conv_general_dilated(x, w, **case.arguments, algorithm=3)
+
+
+def test_a_foreign_algorithm_runs():
+    """``algorithm=`` takes any object with the protocol's four members, for gradients too."""
+    from dataclasses import dataclass
+
+    calls = []
+
+    @dataclass(frozen=True)
+    class Mine:
+        name: str = "mine"
+
+        def why_not(self, problem):
+            return None
+
+        def cost(self, problem, device):
+            return jconv.Cost(0, 0, 0, 1000)
+
+        def run(self, problem, lhs, rhs):
+            calls.append(problem)
+            return ALGORITHMS[-1].run(problem, lhs, rhs)
+
+    case = next(c for c in CASES if c.name == "dense_2d:same")
+    x, w = case.operands(np.float64)
+    jax.grad(lambda w: jconv.conv_general_dilated(x, w, **case.arguments, algorithm=Mine()).sum())(w)
+    problem = case.problem(np.float64)
+    assert {p.replace(out_sharding=None) for p in calls} >= {problem, weight_problem(problem)}
+
+
+def test_a_named_algorithm_is_what_runs():
+    case = next(c for c in CASES if c.name == "dense_2d:same")
+    x, w = case.operands(np.float32)
+    for name, operation in (("im2col", "dot_general"), ("xla", "convolution")):
+        text = jax.jit(
+            lambda x, w, name=name: jconv.conv_general_dilated(x, w, **case.arguments, algorithm=name)
+        ).lower(x, w).as_text()
+        assert f"stablehlo.{operation}" in text
+        assert ("stablehlo.convolution" in text) == (name == "xla")
