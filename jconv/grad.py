@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jconv.convolve import AlgorithmLike, Autodiff, as_operand, input_gradient, weight_gradient
 from jconv.errors import ConvError

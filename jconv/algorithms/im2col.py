@@ -20,7 +20,10 @@ _MOST_SLICES = 256
 @dataclass(frozen=True)
 class Im2col:
     """Slices of the input side by side, then one product; or, where the window is larger than the
-    output (a kernel gradient), one product for each output position and no columns at all."""
+    output (a kernel gradient), one product for each output position and no columns at all.
+
+    With one input feature a group (depthwise) a product of matrices would be one of vectors: each slice
+    is multiplied and added as it is read, and nothing is laid side by side."""
 
     name: str = "im2col"
 
@@ -32,6 +35,9 @@ class Im2col:
 
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
         per_group = problem.rhs_shape[0] // problem.groups
+        if _elementwise(problem):
+            efficiency = 110 if problem.is_weight_gradient else 300
+            return Cost(2 * problem.macs, operand_bytes(problem), 0, efficiency)
         if problem.is_weight_gradient:
             depth = prod(problem.rhs_shape[1:])
             columns = prod(problem.rhs_shape[1:]) * problem.lhs_shape[0] * problem.feature_groups
@@ -66,7 +72,7 @@ def _by_column(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Arra
         x = x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
         x = jnp.moveaxis(x, 0, -2)
         x = x.reshape(*x.shape[:-2], groups * x.shape[-1])
-    batch, *positions = problem.output_shape[0], *problem.output_shape[2:]
+    batch, positions = problem.output_shape[0], problem.output_shape[2:]
     reach = tuple((o - 1) * s + 1 for o, s in zip(positions, problem.strides, strict=True))
     strides = (1, *problem.strides, 1)
     taps = []
@@ -75,7 +81,12 @@ def _by_column(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Arra
         stop = tuple(a + r for a, r in zip(start, reach, strict=True))
         taps.append(lax.slice(x, (0, *start, 0), (batch, *stop, x.shape[-1]), strides))
     options = {"precision": problem.precision, "preferred_element_type": problem.preferred_element_type}
-    if groups == 1:
+    if _elementwise(problem):
+        wide = _accumulator(problem)
+        kernel = w.reshape(len(taps), groups, -1).astype(wide)
+        y = sum(tap[..., None].astype(wide) * k for tap, k in zip(taps, kernel, strict=True))
+        y = y.astype(problem.out_dtype).reshape(batch, *positions, problem.rhs_shape[0])
+    elif groups == 1:
         columns = lax.concatenate(taps, n + 1)
         y = lax.dot_general(columns, w.reshape(-1, w.shape[-1]), (((n + 1,), (0,)), ((), ())), **options)
     else:
@@ -106,6 +117,9 @@ def _by_position(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Ar
             stop[axis] = start[axis] + reach[i]
             step[axis] = problem.rhs_dilation[i]
         part = lax.slice(x, start, stop, step)
+        if _elementwise(problem):
+            products.append(_summed_product(problem, part, rhs))
+            continue
         if groups == 1:
             axes = ((feature_axis, *spatial), (in_axis, *window))
             products.append(lax.dot_general(part, w, (axes, ((), ())), **options))
@@ -120,6 +134,29 @@ def _by_position(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Ar
         products.append(product.reshape(product.shape[0], -1))
     y = jnp.stack(products, axis=1).reshape(problem.output_shape[0], *problem.output_shape[2:], -1)
     return _from_channel_last(y, problem.layout.out_spec)
+
+
+def _elementwise(problem: ConvProblem) -> bool:
+    """Depthwise: forward and input gradient with one feature a group, kernel gradient with one of each."""
+    if problem.is_weight_gradient:
+        return problem.batch_groups > 1 and problem.output_shape[0] == 1 and problem.rhs_shape[0] == problem.groups
+    return problem.feature_groups > 1 and problem.rhs_shape[1] == 1
+
+
+def _summed_product(problem: ConvProblem, part: jax.Array, rhs: jax.Array) -> jax.Array:
+    """sum over features and window of part[group, ...] rhs[group, ...], as (1, groups)."""
+    lhs_spec, rhs_spec, _ = problem.layout
+    wide = _accumulator(problem)
+    order = tuple(rhs_spec[lhs_spec.index(axis)] for axis in range(rhs.ndim))
+    product = part.astype(wide) * rhs.transpose(order).astype(wide)
+    total = product.sum(axis=tuple(axis for axis in range(rhs.ndim) if axis != lhs_spec[0]))
+    return total.astype(problem.out_dtype)[None]
+
+
+def _accumulator(problem: ConvProblem) -> np.dtype:
+    """Where sums are written out, 16-bit floats are summed in 32 bits, as a product of matrices does."""
+    narrow = jnp.issubdtype(problem.dtype, jnp.floating) and problem.out_dtype.itemsize == 2
+    return np.dtype(np.float32) if narrow else problem.out_dtype
 
 
 def _split(shape: tuple[int, ...], axis: int, groups: int) -> tuple[int, ...]:

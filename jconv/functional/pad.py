@@ -48,6 +48,8 @@ def pad(input: Any, pad: Sequence[int], mode: str = "constant", value: float | N
     pairs = {x.ndim - 1 - i: (numbers[2 * i], numbers[2 * i + 1]) for i in range(axes)}
     if mode == "constant":
         return _constant(x, pairs, 0 if value is None else value)
+    if mode not in _MODES:
+        raise ConvError(f"mode must be 'constant', 'reflect', 'replicate' or 'circular', got {mode!r}")
     if value is not None and value != 0:
         raise ConvError(f"mode {mode!r} takes no value, got {value!r}; leave it out or use mode='constant'")
     if axes not in (1, 2, 3) or x.ndim - axes not in (1, 2):
@@ -64,8 +66,6 @@ def pad_axes(x: jax.Array, pairs: Mapping[int, tuple[int, int]], mode: str) -> j
     Args:
         mode: ``"reflect"``, ``"replicate"`` or ``"circular"``.
     """
-    if mode not in _MODES:
-        raise ConvError(f"mode must be 'constant', 'reflect', 'replicate' or 'circular', got {mode!r}")
     for axis, (low, high) in pairs.items():
         x = _MODES[mode](x, axis, low, high)
     return x

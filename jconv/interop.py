@@ -1,0 +1,662 @@
+"""State dicts of PyTorch into Flax parameters and back, exact to the bit.
+
+A *slot* is one array of the Flax side, with the PyTorch names it answers to. Loading matches slots with
+entries by name, brings every entry into its slot's layout and dtype, and writes only if all is well.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from itertools import product
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from jconv.checkpoint import read_checkpoint, unwrap
+from jconv.errors import StateDictError
+
+__all__ = ["load_torch", "read_checkpoint", "to_torch"]
+
+_Target = TypeVar("_Target")
+_Rename = Mapping[str, str] | Callable[[str], str]
+
+_KINDS = ("conv", "conv_transpose", "flax_conv_transpose", "linear", "norm", "embedding")
+_CLASSES = {
+    **dict.fromkeys(("Conv", "Conv1d", "Conv2d", "Conv3d"), "conv"),
+    **dict.fromkeys(("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"), "conv_transpose"),
+    **dict.fromkeys(("BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"), "norm"),
+    **{"ConvTranspose": "flax_conv_transpose", "Linear": "linear", "Embed": "embedding"},
+}
+_STATISTICS = {"mean": "running_mean", "var": "running_var"}
+_NNX_LEAVES: dict[str | None, dict[str, str]] = {
+    **dict.fromkeys(("conv", "conv_transpose", "flax_conv_transpose", "linear"), {"kernel": "weight"}),
+    "norm": {"scale": "weight", **_STATISTICS},
+    "embedding": {"embedding": "weight"},
+    None: {},
+}
+_LINEN_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+
+
+def load_torch(
+    target: _Target,
+    source: Any,
+    *,
+    rename: _Rename | None = None,
+    kinds: Mapping[str, str] | None = None,
+    strict: bool = True,
+    cast: bool = False,
+    eps: float | None = None,
+) -> _Target:
+    """Loads a PyTorch state dict into one Flax layer or a whole Flax model.
+
+    Layers: convolutions, transposed convolutions (jconv's and Flax's), Linear, BatchNorm with its
+    statistics, GroupNorm, LayerNorm, Embedding. A bare parameter is copied as it is, under its name.
+    ``num_batches_tracked`` has no place in Flax and is ignored; :func:`to_torch` does not emit it.
+
+    **Names.** A Flax path joined by ``.`` is the PyTorch name, the leaf in PyTorch's words: ``weight``,
+    ``bias``, ``running_mean``, ``running_var``. The ``layers`` of a Sequential is left out. If the exact
+    name is not there, names are compared word by word, split at ``.`` and ``_``: ``_blocks.0._bn1`` is
+    ``blocks_0/bn1``. An exact name wins, and what remains ambiguous is reported, never guessed. A prefix
+    ``module.`` that all entries have (DataParallel) is dropped. Two paths to one shared NNX layer may
+    both be in the state dict, if they agree, or either one.
+
+    **Linen trees** do not say what a kernel is. One of rank 2 is Linear's; one in ``ConvTranspose2d_0``
+    (1d, 2d, 3d) has jconv's layout, one in ``ConvTranspose_0`` Flax's; any other is a convolution's if the
+    shapes allow that. **A trap:** a square transposed convolution of another name, such as ``up``, looks
+    like a convolution and is loaded as one, hence wrongly. Say ``kinds={"up": "conv_transpose"}``.
+
+    **eps** is not in a state dict, and Flax's LayerNorm and GroupNorm have 1e-6 where PyTorch has 1e-5. An
+    NNX layer takes the ``eps`` given here, or that of its twin where `source` is a PyTorch module; from a
+    plain state dict nothing is changed. In Linen construct the layer with ``epsilon=...``.
+
+    Args:
+        target: an NNX module, which is filled in place; or the variables of a Linen module (``params``
+            and ``batch_stats``; other collections are kept), or bare ``params``, of which a filled copy is
+            returned. A Linen leaf may be a ``jax.ShapeDtypeStruct``.
+        source: a mapping from name to array or tensor, a path (see :func:`read_checkpoint`), or a
+            PyTorch module.
+        rename: what a name is to become before it is compared, ``module.`` dropped: a function from name
+            to name, or a mapping whose keys are full names or prefixes of whole words (the longest counts;
+            a value ``""`` drops the prefix). The new name is the dotted Flax path or its PyTorch form.
+        kinds: layouts of kernels, which override what is said above, by pattern (as in ``fnmatch``) over
+            the PyTorch name of the layer, such as ``"up.*"``, the name before `rename`: ``"conv"``, also
+            for a Flax ConvTranspose with ``transpose_kernel=True``; ``"conv_transpose"``, jconv's layout;
+            ``"flax_conv_transpose"``; ``"linear"``; ``"norm"`` and ``"embedding"``, copied as they are.
+        strict: whether missing and unexpected entries are an error, else a warning.
+        cast: whether a dtype may be converted with loss. Without loss it is always converted.
+        eps: the epsilon of all normalisation layers of an NNX module.
+
+    Returns:
+        `target`, or for Linen a new tree of the same structure, shapes and dtypes.
+
+    Raises:
+        StateDictError: entries are missing, unexpected or misfitting (one report; nothing is written),
+            or an argument is none that can be served.
+
+    >>> import numpy as np
+    >>> tree = {"params": {"kernel": np.zeros((3, 2), np.float32)}}
+    >>> load_torch(tree, {"weight": np.arange(6, dtype=np.float32).reshape(2, 3)})["params"]["kernel"]
+    array([[0., 3.],
+           [1., 4.],
+           [2., 5.]], dtype=float32)
+    """
+    slots, norms = _slots(target)
+    nnx = _is_nnx(target)
+    if eps is not None:
+        _check_eps(eps, nnx, norms)
+    modules = dict(source.named_modules()) if _is_torch_module(source) else {}
+    entries = _entries(source)
+    prefix = "module." if entries and all(name.startswith("module.") for name in entries) else ""
+    if any(slot.names[0].startswith("module.") for slot in slots):
+        prefix = ""
+    entries = {name.removeprefix(prefix): array for name, array in entries.items()}
+    kind_of = _kind_lookup(kinds, (_layer(name) for name in entries))
+    originals = _renamed(entries, rename)
+    pairs, unclear_slots, unclear_names, misfits = _match(slots, originals)
+
+    fitted: dict[int, np.ndarray] = {}
+    shared: dict[int, tuple[str, np.ndarray]] = {}
+    for index, renamed in pairs.items():
+        slot, name = slots[index], originals[renamed]
+        array = _fit(slot, name, entries[name], kind_of(_layer(name)), cast)
+        if isinstance(array, str):
+            misfits.append(array)
+            continue
+        fitted[index] = array
+        if slot.cell is not None:
+            first, value = shared.setdefault(id(slot.cell), (name, array))
+            if value is not array and value.tobytes() != array.tobytes():
+                misfits.append(f"{first!r} and {name!r} differ, and are one array at {_at(slot)}")
+
+    filled = {id(slots[index].cell) for index in pairs if slots[index].cell is not None}
+    missing = [
+        slot
+        for index, slot in enumerate(slots)
+        if index not in pairs and index not in unclear_slots and id(slot.cell) not in filled
+    ]
+    taken = {*pairs.values(), *unclear_names}
+    unexpected = [name for name in originals if name not in taken and _leaf(name) != "num_batches_tracked"]
+    report = _report(missing, unexpected, misfits, originals, entries)
+    if misfits or (strict and (missing or unexpected)):
+        raise StateDictError(report)
+
+    new = {index: _like(slots[index].array, array) for index, array in fitted.items()}
+    if nnx:
+        for index, array in new.items():
+            slots[index].cell.set_value(array)
+        twins = {id(slots[index].layer): _layer(originals[name]) for index, name in pairs.items()}
+        for name, norm in norms:
+            twin = modules.get(prefix + twins.get(id(norm), name))
+            value = getattr(twin, "eps", None) if eps is None else eps
+            if value is not None:
+                norm.epsilon = float(value)
+    if missing or unexpected:
+        warnings.warn(report, stacklevel=2)
+    return target if nnx else _rebuilt(target, (), {slots[i].path: array for i, array in new.items()})
+
+
+def to_torch(
+    source: Any, *, rename: _Rename | None = None, kinds: Mapping[str, str] | None = None
+) -> dict[str, np.ndarray]:
+    """The PyTorch state dict of a Flax layer or model, exact to the bit; the inverse of :func:`load_torch`.
+
+    The names are the dotted paths that :func:`load_torch` tells of. In a Linen tree ``blocks_3`` becomes
+    ``blocks.3`` if its stem begins with a small letter, ``blocks_0`` is beside it and ``blocks`` is not;
+    where all that a module holds is called ``layers_N``, it counts as a Sequential and ``layers`` is left
+    out. A shared NNX layer is emitted under each of its names, as PyTorch does.
+
+    A Linen kernel that neither its name nor `kinds` says to be transposed is emitted as a convolution's,
+    one in ``ConvTranspose_0`` as with ``transpose_kernel=False``, and one of jconv's transposed layout as
+    with one group: for more, say ``kinds={"up": "conv_transpose:4"}``, here with 4 groups.
+
+    Args:
+        source: an NNX module, or the variables or ``params`` of a Linen module.
+        rename: from the name that would be emitted to the one that shall be; as in :func:`load_torch` a
+            function, or a mapping of full names or prefixes of whole words.
+        kinds: layouts by pattern over the emitted names of layers, as in :func:`load_torch`.
+
+    Returns:
+        A dict from PyTorch name to a new C-contiguous array of the parameter's dtype. (PyTorch reads a
+        bfloat16 array ``a`` by ``torch.from_numpy(a.view("int16")).view(torch.bfloat16)``.)
+
+    Raises:
+        StateDictError: two arrays have one name, a layout does not fit, or the number of groups of a
+            transposed convolution is not known.
+
+    >>> import numpy as np
+    >>> to_torch({"params": {"head": {"kernel": np.zeros((3, 2)), "bias": np.zeros(2)}}})["head.weight"].shape
+    (2, 3)
+    """
+    slots, _ = _slots(source)
+    emitted: dict[str, _Slot] = {}
+    for slot in slots:
+        if emitted.setdefault(slot.names[0], slot) is not slot:
+            raise StateDictError(
+                f"{_at(emitted[slot.names[0]])} and {_at(slot)} would both be called {slot.names[0]!r} in "
+                "PyTorch; give one of them another name in the Flax model."
+            )
+    originals = _renamed(emitted, rename)
+    kind_of = _kind_lookup(kinds, (_layer(name) for name in originals))
+    state = {}
+    for name, original in originals.items():
+        slot = emitted[original]
+        array = np.asarray(slot.array)
+        given = kind_of(_layer(name)) if slot.path[-1] == "kernel" else None
+        kind = given or slot.kind or _kind_by_name(slot) or _kind_by_rank(array.ndim)
+        array = _to_torch_layout(kind, array, slot)
+        state[name] = np.array(array, order="C", copy=True)
+    return state
+
+
+# --- layouts -----------------------------------------------------------------------------------------
+
+
+def _from_torch_layout(kind: str, weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+    """`weight` in the layout of a Flax kernel of this shape; None if it does not fit."""
+    if weight.ndim != len(shape):
+        return None
+    spatial = range(2, weight.ndim)
+    if kind == "linear":
+        weight = weight.T if weight.ndim == 2 else weight
+    elif kind == "conv" and weight.ndim > 2:
+        weight = weight.transpose(*spatial, 1, 0)
+    elif kind == "flax_conv_transpose" and weight.ndim > 2:
+        weight = np.flip(weight, tuple(spatial)).transpose(*spatial, 0, 1)
+    elif kind == "conv_transpose" and weight.ndim > 2:
+        inputs, outputs = weight.shape[:2]
+        if not shape[-2] or inputs % shape[-2]:
+            return None
+        groups = inputs // shape[-2]
+        weight = weight.reshape(groups, shape[-2], outputs, *weight.shape[2:])
+        weight = weight.transpose(*(axis + 1 for axis in spatial), 1, 0, 2)
+        weight = weight.reshape(*weight.shape[:-2], groups * outputs)
+    elif kind not in ("norm", "embedding"):
+        return None
+    return weight if weight.shape == shape else None
+
+
+def _to_torch_layout(kind: str, kernel: np.ndarray, slot: _Slot) -> np.ndarray:
+    kind, _, given = kind.partition(":")
+    rank = kernel.ndim - 2
+    if kind in ("norm", "embedding"):
+        return kernel
+    if (rank != 0) if kind == "linear" else (rank < 1):
+        raise StateDictError(
+            f"{_at(slot)} of shape {kernel.shape} is no {kind!r} kernel; pass kinds={{...}} that fits."
+        )
+    if kind == "linear":
+        return kernel.T
+    if kind == "conv":
+        return kernel.transpose(rank + 1, rank, *range(rank))
+    if kind == "flax_conv_transpose":
+        return np.flip(kernel, tuple(range(rank))).transpose(rank, rank + 1, *range(rank))
+    groups = int(given) if given else _groups(slot, kernel.shape)
+    *spatial, inputs, outputs = kernel.shape
+    if groups < 1 or outputs % groups:
+        raise StateDictError(
+            f"{_at(slot)} of shape {kernel.shape} has no {groups} groups; pass another number."
+        )
+    kernel = kernel.reshape(*spatial, inputs, groups, outputs // groups)
+    return kernel.transpose(rank + 1, rank, rank + 2, *range(rank)).reshape(-1, outputs // groups, *spatial)
+
+
+def _groups(slot: _Slot, shape: tuple[int, ...]) -> int:
+    if slot.layer is None:
+        return 1
+    for name in ("groups", "feature_group_count"):
+        if isinstance(groups := getattr(slot.layer, name, None), int):
+            return groups
+    for name in ("in_features", "in_channels"):
+        if isinstance(inputs := getattr(slot.layer, name, None), int):
+            return inputs // max(shape[-2], 1)
+    raise StateDictError(
+        f"{_at(slot)} does not tell its number of groups; give the layer an attribute `groups`, or pass "
+        'kinds={"...": "conv_transpose:1"}.'
+    )
+
+
+def _kind_by_name(slot: _Slot) -> str | None:
+    match = re.fullmatch(r"(Conv|ConvTranspose)([123]d)?(_\d+)?", "".join(slot.path[-2:-1]))
+    return _CLASSES[match[1] + (match[2] or "")] if match else None
+
+
+def _kind_by_rank(rank: int) -> str:
+    return "linear" if rank == 2 else "conv" if rank > 2 else "norm"
+
+
+def _kind_lookup(kinds: Mapping[str, str] | None, layers: Iterable[str]) -> Callable[[str], str | None]:
+    """The kind that the caller gave to a layer, by its name; checks that every pattern is of use."""
+    layers = set(layers)
+    for pattern, kind in (kinds or {}).items():
+        if kind not in _KINDS and not re.fullmatch(r"conv_transpose:[1-9]\d*", str(kind)):
+            raise StateDictError(f"kinds[{pattern!r}] is {kind!r}, expected one of {', '.join(_KINDS)}.")
+        if not any(fnmatchcase(layer, pattern) for layer in layers):
+            raise StateDictError(
+                f"kinds has the pattern {pattern!r}, which no layer matches; {_did_you_mean(pattern, layers)}"
+            )
+    return lambda layer: next((k for p, k in (kinds or {}).items() if fnmatchcase(layer, p)), None)
+
+
+# --- slots of an NNX module or a Linen tree ----------------------------------------------------------
+
+
+class _Slot(NamedTuple):
+    path: tuple[str, ...]
+    names: tuple[str, ...]  # the PyTorch names it answers to, the one that to_torch emits first
+    kind: str | None  # None for the kernel of a Linen tree, which does not say what it is
+    array: Any
+    cell: Any = None  # the nnx.Variable
+    layer: Any = None  # the nnx.Module
+
+
+def _at(slot: _Slot) -> str:
+    return "/".join(slot.path)
+
+
+def _is_nnx(target: object) -> bool:
+    from flax import nnx
+
+    return isinstance(target, nnx.Module)
+
+
+def _slots(target: Any) -> tuple[list[_Slot], list[tuple[str, Any]]]:
+    """All slots, and the normalisation layers of an NNX module by name."""
+    if _is_nnx(target):
+        return _nnx_slots(target)
+    if not isinstance(target, Mapping):
+        raise StateDictError(
+            f"The Flax side is a {type(target).__name__}, expected an nnx.Module or a Linen tree; of a Linen "
+            "module pass the initialised variables."
+        )
+    return _linen_slots(target), []
+
+
+def _nnx_slots(root: Any) -> tuple[list[_Slot], list[tuple[str, Any]]]:
+    from flax import nnx
+
+    slots: list[_Slot] = []
+    norms: list[tuple[str, Any]] = []
+
+    def visit(node: Any, path: tuple[str, ...], names: tuple[str, ...], above: tuple[int, ...]) -> None:
+        if isinstance(node, nnx.Pytree):
+            classes = [cls.__name__ for cls in type(node).__mro__]
+            kind = next((_CLASSES[name] for name in classes if name in _CLASSES), None)
+            if kind == "flax_conv_transpose" and getattr(node, "transpose_kernel", False):
+                kind = "conv"
+            if kind == "norm":
+                norms.append((".".join(names), node))
+            children = {k: v for k, v in vars(node).items() if not k.startswith("_pytree__")}
+        elif isinstance(node, (list, tuple, dict)):
+            classes, kind = [], None
+            children = node if isinstance(node, dict) else dict(enumerate(node))
+        else:
+            return
+        if id(node) in above:
+            return
+        for key, child in children.items():
+            key = str(key)
+            if not isinstance(child, nnx.Variable):
+                inner = names if key == "layers" and "Sequential" in classes else (*names, key)
+                visit(child, (*path, key), inner, (*above, id(node)))
+            elif not isinstance(child, (nnx.RngState, nnx.Cache, nnx.Intermediate)):
+                array = child.get_value()
+                if hasattr(array, "shape") and hasattr(array, "dtype"):
+                    leaf = _NNX_LEAVES[kind].get(key, key)
+                    spellings = [(*names, leaf), (*names, key), (*path, leaf), (*path, key)]
+                    spelled = tuple(dict.fromkeys(map(".".join, spellings)))
+                    layout = kind if key == "kernel" and kind else "norm"
+                    slots.append(_Slot((*path, key), spelled, layout, array, child, node))
+
+    visit(root, (), (), ())
+    return slots, norms
+
+
+def _linen_slots(tree: Mapping[str, Any]) -> list[_Slot]:
+    whole = any(isinstance(tree.get(collection), Mapping) for collection in ("params", "batch_stats"))
+    leaves: dict[tuple[str, ...], Any] = {}
+
+    def visit(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
+        for key, value in node.items():
+            if isinstance(value, Mapping):
+                visit(value, (*path, key))
+            elif hasattr(value, "shape") and hasattr(value, "dtype") and not hasattr(value, "get_value"):
+                leaves[*path, key] = value
+            else:
+                raise StateDictError(
+                    f"The Flax tree holds a {type(value).__name__} at {'/'.join((*path, key))}, expected an "
+                    "array; pass a Linen tree after flax.linen.meta.unbox, or the nnx.Module itself."
+                )
+
+    for collection in ("params", "batch_stats") if whole else ():
+        visit(tree.get(collection, {}), (collection,))
+    if not whole:
+        visit(tree, ())
+
+    beside: dict[tuple[str, ...], set[str]] = {}
+    for path in leaves:
+        path = path[whole:]
+        for depth, part in enumerate(path):
+            beside.setdefault(path[:depth], set()).add(part)
+
+    slots = []
+    for path, array in leaves.items():
+        *layer, key = path[whole:]
+        statistics = whole and path[0] == "batch_stats"
+        leaf = (_STATISTICS if statistics else _LINEN_LEAVES).get(key, key)
+        parts = [_linen_names(part, beside[tuple(layer[:depth])]) for depth, part in enumerate(layer)]
+        spellings = [*product(*parts, (leaf, key)), (*layer, leaf), (*layer, key)]
+        names = tuple(dict.fromkeys(map(".".join, spellings)))
+        slots.append(_Slot(path, names, None if key == "kernel" else "norm", array))
+    return slots
+
+
+def _linen_names(part: str, beside: set[str]) -> list[str]:
+    """What a part of a Linen path may be called in PyTorch, given the names beside it."""
+    stem, _, number = part.rpartition("_")
+    if not stem or not number.isdecimal():
+        return [part]
+    if all(re.fullmatch(r"layers_\d+", name) for name in beside):
+        return [number, f"layers.{number}"]
+    if stem.lstrip("_")[:1].islower() and f"{stem}_0" in beside and stem not in beside:
+        return [f"{stem}.{number}"]
+    return [part]
+
+
+# --- entries of a state dict -------------------------------------------------------------------------
+
+
+def _is_torch_module(source: object) -> bool:
+    return hasattr(source, "state_dict") and hasattr(source, "named_modules")
+
+
+def _entries(source: Any) -> dict[str, np.ndarray]:
+    if isinstance(source, (str, os.PathLike)):
+        return read_checkpoint(source)
+    if _is_torch_module(source):
+        source = source.state_dict()
+    if not isinstance(source, Mapping):
+        raise StateDictError(
+            f"The state dict is a {type(source).__name__}, expected a mapping from name to array, a path, or "
+            "a PyTorch module; pass model.state_dict()."
+        )
+    return {name: _as_numpy(name, value) for name, value in unwrap(source).items()}
+
+
+def _as_numpy(name: str, value: Any) -> np.ndarray:
+    """A numpy array of what is an array, or a PyTorch tensor, which has no bfloat16 in numpy."""
+    array = None
+    try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu()
+            if str(value.dtype) == "torch.bfloat16":
+                import ml_dtypes
+
+                array = value.view(sys.modules["torch"].int16).numpy().view(ml_dtypes.bfloat16)
+            else:
+                array = value.numpy()
+        elif hasattr(value, "__array__"):
+            array = np.asarray(value)
+    except Exception as error:
+        raise StateDictError(f"The entry {name!r} cannot become a numpy array: {error}") from error
+    if array is None or array.dtype.kind in "OSUMm":
+        what = type(value).__name__ if array is None else f"{array.dtype} array"
+        raise StateDictError(f"The entry {name!r} holds a {what}, expected an array or tensor; leave it out.")
+    return array
+
+
+def _renamed(names: Iterable[str], rename: _Rename | None) -> dict[str, str]:
+    """From new name to old name."""
+    names = list(names)
+    unused = set() if rename is None or callable(rename) else set(rename)
+    renamed: dict[str, str] = {}
+    for name in names:
+        new = name
+        if callable(rename):
+            new = rename(name)
+        elif rename is not None:
+            prefixes = [key for key in rename if name == key or name.startswith(key + ".")]
+            if prefixes:
+                longest = max(prefixes, key=len)
+                unused.discard(longest)
+                new = ".".join(filter(None, (rename[longest], name[len(longest) + 1 :])))
+        if not isinstance(new, str) or not new:
+            raise StateDictError(f"rename makes {new!r} of {name!r}, expected a name; correct it.")
+        if renamed.setdefault(new, name) != name:
+            raise StateDictError(f"rename makes {new!r} of both {renamed[new]!r} and {name!r}; correct it.")
+    for key in sorted(unused):
+        layers = {layer for name in names for layer in (name, _layer(name))}
+        raise StateDictError(
+            f"rename has the key {key!r}, which is no entry or layer; {_did_you_mean(key, layers)}"
+        )
+    return renamed
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+# --- matching, fitting, reporting --------------------------------------------------------------------
+
+
+def _words(name: str) -> tuple[str, ...]:
+    return tuple(filter(None, re.split(r"[._/]", name)))
+
+
+def _match(slots: list[_Slot], names: Iterable[str]) -> tuple[dict[int, str], set[int], set[str], list[str]]:
+    """Pairs slots with names: first by the slot's own name, then by its other names, then word by word.
+
+    Returns the name of each slot by index; the slots, then the names that are ambiguous; a line on each.
+    """
+    pairs: dict[int, str] = {}
+    unclear_slots: set[int] = set()
+    unclear_names: set[str] = set()
+    lines: dict[str, None] = {}
+    free = set(names)
+    steps: list[tuple[Callable[[str], Hashable], int | None]] = [(str, 1), (str, None), (_words, None)]
+    for spell, count in steps:
+        given: dict[Hashable, set[str]] = {}
+        for name in free:
+            given.setdefault(spell(name), set()).add(name)
+        hits: dict[int, set[str]] = {}
+        claims: dict[str, set[int]] = {name: set() for name in free}
+        for index, slot in enumerate(slots):
+            if index not in pairs and index not in unclear_slots:
+                hits[index] = {n for own in slot.names[:count] for n in given.get(spell(own), ())}
+                for name in hits[index]:
+                    claims[name].add(index)
+        for index, found in hits.items():
+            rivals = {rival for name in found for rival in claims[name]}
+            if len(found) == 1 and len(rivals) == 1:
+                pairs[index] = next(iter(found))
+            elif found:
+                places = " and ".join(sorted(_at(slots[rival]) for rival in rivals))
+                lines[f"{' and '.join(map(repr, sorted(found)))} for {places}: ambiguous; pass rename"] = None
+                unclear_slots |= rivals
+                unclear_names |= found
+        free -= {*pairs.values(), *unclear_names}
+    return pairs, unclear_slots, unclear_names, list(lines)
+
+
+def _fit(slot: _Slot, name: str, weight: np.ndarray, given: str | None, cast: bool) -> np.ndarray | str:
+    """A copy of the entry in the slot's layout and dtype, or a line that says why that cannot be."""
+    array = _arranged(slot, name, weight, given)
+    dtype = np.dtype(slot.array.dtype)
+    if isinstance(array, str):
+        return array
+    if array.dtype == dtype or _is_lossless(array.dtype, dtype):
+        return array.astype(dtype)
+    if array.dtype.kind == "c" and dtype.kind != "c":
+        return f"{name!r} is {array.dtype}, which does not fit the {dtype} of {_at(slot)}"
+    return (
+        array.astype(dtype)
+        if cast
+        else f"{name!r}: {array.dtype} does not fit {dtype} exactly; pass cast=True"
+    )
+
+
+def _arranged(slot: _Slot, name: str, weight: np.ndarray, given: str | None) -> np.ndarray | str:
+    shape, is_kernel = tuple(slot.array.shape), slot.path[-1] == "kernel"
+    told = slot.kind or _kind_by_name(slot)
+    if given and is_kernel:
+        kinds = [given.partition(":")[0]]
+    elif told:
+        # Flax's layer with transpose_kernel=True has the layout of a convolution.
+        kinds = [told, "conv"] if told == "flax_conv_transpose" and slot.kind is None else [told]
+    else:
+        kinds = [_kind_by_rank(len(shape))]
+    arrays = [_from_torch_layout(kind, weight, shape) for kind in kinds]
+    if not told and not given and arrays[0] is None:
+        kinds = ["conv_transpose", "flax_conv_transpose"]
+        arrays = [_from_torch_layout(kind, weight, shape) for kind in kinds]
+        if len({array.tobytes() for array in arrays if array is not None}) == 2:
+            return (
+                f"{name!r} {weight.shape} fits {_at(slot)} {shape} as a transposed convolution only; pass "
+                f"kinds={{{_layer(name)!r}: 'conv_transpose'}}, or 'flax_conv_transpose' for Flax's layer"
+            )
+    fitting = [array for array in arrays if array is not None]
+    if fitting:
+        return fitting[0]
+    what = f" as the kernel of kind {' or '.join(kinds)}" if is_kernel else ""
+    return f"{name!r} {weight.shape} does not fit {_at(slot)} {shape}{what}"
+
+
+def _is_lossless(given: np.dtype, wanted: np.dtype) -> bool:
+    """numpy calls int64 to float64 safe, which it is not."""
+    return np.can_cast(given, wanted, "safe") and not (
+        given.kind in "iu" and given.itemsize == 8 and wanted.kind in "fc"
+    )
+
+
+def _report(
+    missing: list[_Slot],
+    unexpected: list[str],
+    misfits: list[str],
+    originals: dict[str, str],
+    entries: dict[str, np.ndarray],
+) -> str:
+    absent = []
+    for slot in missing[:21]:
+        close = get_close_matches(slot.names[0], unexpected, n=1)
+        hint = f"; did you mean {originals[close[0]]!r}?" if close else ""
+        absent.append(f"{slot.names[0]!r} for {_at(slot)} {tuple(slot.array.shape)}{hint}")
+    surplus = [f"{originals[name]!r} {entries[originals[name]].shape}" for name in unexpected[:21]]
+    text = "The state dict does not fit the Flax parameters."
+    for title, lines, total in (
+        ("Missing in the state dict", absent, len(missing)),
+        ("Unexpected, with no place in Flax", surplus, len(unexpected)),
+        ("Misfitting", misfits, len(misfits)),
+    ):
+        if total:
+            text += f"\n{title} ({total}):" + "".join(f"\n  {line}" for line in lines[:20])
+            text += f"\n  ... and {total - 20} more" if total > 20 else ""
+    if missing or unexpected:
+        text += "\nPass rename={...} where names differ, or strict=False to load what fits."
+    return text
+
+
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    close = get_close_matches(name, sorted(names), n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else "leave it out."
+
+
+def _check_eps(eps: float, nnx: bool, norms: list[tuple[str, Any]]) -> None:
+    if not nnx:
+        raise StateDictError(
+            "eps is not part of a Linen tree; construct the module with epsilon=... instead."
+        )
+    if not norms:
+        raise StateDictError("eps was given, and the module has no normalisation layer; leave it out.")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps >= 0:
+        raise StateDictError(f"eps is {eps!r}, expected a number that is not negative.")
+
+
+# --- writing -----------------------------------------------------------------------------------------
+
+
+def _like(old: Any, array: np.ndarray) -> Any:
+    """The array, which nobody else holds, as one of the old one's sort and on its devices."""
+    if isinstance(old, np.ndarray):
+        return array
+    import jax
+
+    return (
+        jax.device_put(array, old.sharding) if getattr(old, "committed", False) else jax.numpy.asarray(array)
+    )
+
+
+def _rebuilt(tree: Any, path: tuple[str, ...], values: dict[tuple[str, ...], Any]) -> Any:
+    new = {}
+    for key, value in tree.items():
+        inner = (*path, key)
+        new[key] = _rebuilt(value, inner, values) if isinstance(value, Mapping) else values.get(inner, value)
+    return new if type(tree) is dict else type(tree)(new)

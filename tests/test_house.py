@@ -1,0 +1,154 @@
+"""The house: floors, light imports, examples that run, and the same words everywhere."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jconv
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "jconv"
+
+FLOORS = {
+    "errors": 1, "device": 1, "problem": 2, "checkpoint": 2, "adjoint": 3, "algorithms.base": 3, "algorithms.xla": 3.5,
+    "algorithms.pointwise": 3.5, "algorithms.im2col": 3.5, "algorithms.table": 3.8, "algorithms": 3, "planner": 4, "convolve": 5,
+    "functional.arguments": 5, "lax": 6, "functional.conv": 6, "functional.pad": 6, "functional.fold": 6, "functional": 6.5,
+    "grad": 6, "layers": 6.8, "nnx": 7, "linen": 7, "interop": 7,
+}  # fmt: skip
+MODULES = sorted(
+    ".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    for p in PACKAGE.rglob("*.py")
+    if p != PACKAGE / "__init__.py"
+)
+
+
+def source(module):
+    path = PACKAGE / Path(*module.split("."))
+    return (path / "__init__.py") if path.is_dir() else path.with_suffix(".py")
+
+
+def imports(module):
+    """(imported module, True if at the top level) for every import of a file."""
+    tree = ast.parse(source(module).read_text())
+    for node in ast.walk(tree):
+        top = node in tree.body
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, top
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, top
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", top
+
+
+def test_every_file_has_a_floor():
+    assert set(MODULES) == set(FLOORS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_floors(module):
+    """A file imports only from floors below its own."""
+    for imported, _ in imports(module):
+        name = imported.removeprefix("jconv.")
+        if imported.startswith("jconv.") and name in FLOORS:
+            assert FLOORS[name] < FLOORS[module], f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_who_may_import_what(module):
+    for imported, top in imports(module):
+        package = imported.split(".")[0]
+        if package == "flax":
+            assert module in ("nnx", "linen") or (module == "interop" and not top)
+        assert package not in ("torch", "matplotlib", "rich", "typer"), f"{module} imports {imported}"
+        if imported.startswith(("jax.interpreters", "jax.extend")):
+            assert module == "convolve"
+        assert not imported.startswith("jax._src")
+
+
+def test_import_is_light():
+    """`import jconv` loads jax and numpy; Flax comes with jconv.nnx, and torch never."""
+    code = """
+import sys
+import jax, numpy
+before = set(sys.modules)
+import jconv
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+assert not new & {"flax", "torch", "safetensors", "rich", "optax", "matplotlib"}, new
+jconv.nnx, jconv.linen, jconv.interop
+assert "flax" in sys.modules and "torch" not in sys.modules
+assert {"nnx", "linen", "interop"} <= set(dir(jconv))
+try:
+    jconv.nonsense
+except AttributeError as error:
+    assert "nonsense" in str(error)
+else:
+    raise SystemExit("no AttributeError")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_docstring_examples():
+    """Every `>>>` in the package, in a fresh process with JAX's defaults."""
+    code = f"""
+import doctest, importlib, sys
+import jax, jax.numpy as jnp
+total = 0
+for name in {MODULES!r}:
+    module = importlib.import_module("jconv." + name)
+    result = doctest.testmod(module, extraglobs={{"jax": jax, "jnp": jnp}}, optionflags=doctest.NORMALIZE_WHITESPACE)
+    total += result.attempted
+    if result.failed:
+        sys.exit(f"{{result.failed}} examples of jconv.{{name}} failed")
+assert total > 60, total
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def public():
+    for module in (jconv.lax, jconv.functional, jconv.grad):
+        for name in dir(module):
+            value = getattr(module, name)
+            if callable(value) and getattr(value, "__module__", "").startswith("jconv.") and name.startswith(("conv", "pad", "fold", "unfold", "plan")):
+                if name != "convolve":
+                    yield pytest.param(value, id=f"{module.__name__}.{name}")
+
+
+@pytest.mark.parametrize("function", public())
+def test_public_docstrings_have_an_example(function):
+    assert ">>>" in function.__doc__
+
+
+def python_blocks(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
+
+
+def test_readme_examples(tmp_path):
+    """Every Python block of the README, one after the other in one process, as typed."""
+    blocks = python_blocks(ROOT / "README.md")
+    assert len(blocks) >= 3
+    first = [line for line in blocks[0].splitlines() if line.strip()]
+    assert len(first) <= 15 and "Conv2d" in blocks[0] and "optax" in blocks[0]
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(blocks))
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_readme_opens_with_the_two_commands():
+    text = (ROOT / "README.md").read_text()
+    assert text.index("make demo") < text.index("make test") < text.index("```python")
+
+
+def test_ci_calls_the_readmes_commands():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "\nmake test\n" in script and "\nmake lint\n" in script
+
+
+def test_version_is_in_the_changelog():
+    assert f"## {jconv.__version__}" in (ROOT / "CHANGELOG.md").read_text()
