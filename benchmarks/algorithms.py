@@ -53,7 +53,8 @@ def problem_of(row: dict[str, Any]) -> ConvProblem:
     if not row["deconv"]:
         return ConvProblem.of(lhs, rhs, stride, pads, None, dilation, LAYOUTS[row["nd"]], row["g"])
     pads = [
-        (r - 1 - lo, o - 1 - (i - 1) * s + lo) for r, (lo, _), o, i, s in zip(extent, pads, out, size, stride, strict=True)
+        (r - 1 - lo, o - 1 - (i - 1) * s + lo)
+        for r, (lo, _), o, i, s in zip(extent, pads, out, size, stride, strict=True)
     ]
     return ConvProblem.of(lhs, rhs, (1,) * row["nd"], pads, stride, dilation, LAYOUTS[row["nd"]], row["g"])
 
@@ -107,7 +108,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every measurement here")
     options = parser.parse_args()
     console = Console()
-    rows = [r for r in json.loads(PROBLEMS.read_text()) if re.search(options.only, r["name"]) and r["macs"] <= options.limit]
+    rows = [
+        r for r in json.loads(PROBLEMS.read_text()) if re.search(options.only, r["name"]) and r["macs"] <= options.limit
+    ]
     if not rows:
         sys.exit(f"no problem matches --only {options.only!r} below --limit {options.limit:g} multiply-adds")
     results = []
@@ -119,7 +122,13 @@ def main() -> None:
             times = medians({a.name: compiled(problem, a) for a in able}, options.runs)
             chosen = plan(problem, "cpu").algorithm.name
             results.append(
-                {"problem": row["name"], "kind": kind_of(forward), "direction": direction, "chosen": chosen, "ms": times}
+                {
+                    "problem": row["name"],
+                    "kind": kind_of(forward),
+                    "direction": direction,
+                    "chosen": chosen,
+                    "ms": times,
+                }
             )
         jax.clear_caches()
 

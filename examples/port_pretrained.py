@@ -1,6 +1,6 @@
 """A PyTorch network, pretrained on ImageNet, running in Flax on jconv: weights, classes, plans, latency, parity.
 
-    python examples/port_pretrained.py [--image PATH] [--output port_pretrained.png]
+python examples/port_pretrained.py [--image PATH] [--output port_pretrained.png]
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ dilation being the stride), and lo the low padding: o[i] = sum_t rhs[t] lhs[i + 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -32,9 +34,7 @@ def input_problem(p: ConvProblem) -> ConvProblem:
     """The convolution of (output gradient, :func:`kernel_for_input`) that is d/dlhs, but for :func:`as_input`."""
     o = dilated(p.output_shape[2:], p.strides)
     low = tuple(r - 1 - lo for r, (lo, _) in zip(p.rhs_extent, p.padding, strict=True))
-    high = tuple(
-        left + r - 1 - out - lo for left, r, out, lo in zip(p.lhs_extent, p.rhs_extent, o, low, strict=True)
-    )
+    high = tuple(left + r - 1 - out - lo for left, r, out, lo in zip(p.lhs_extent, p.rhs_extent, o, low, strict=True))
     lhs_spec, rhs_spec, out_spec = p.layout
     return p.replace(
         lhs_shape=p.output_shape,
@@ -112,5 +112,5 @@ def merge_axis(x: jax.Array, source: int, target: int) -> jax.Array:
     return x.reshape(*x.shape[:target], x.shape[target] * x.shape[target + 1], *x.shape[target + 2 :])
 
 
-def _swapped(spec: tuple[int, ...]) -> tuple[int, ...]:
+def _swapped(spec: Sequence[int]) -> tuple[int, ...]:
     return (spec[1], spec[0], *spec[2:])

@@ -123,9 +123,7 @@ def _items(mapping: object) -> dict[str, Any]:
     entries = dict(dict.items(mapping)) if isinstance(mapping, dict) else dict(mapping.items())
     for key in entries:
         if not isinstance(key, str):
-            raise StateDictError(
-                f"a state dict has strings for names, and here one is a {type(key).__name__}."
-            )
+            raise StateDictError(f"a state dict has strings for names, and here one is a {type(key).__name__}.")
     return entries
 
 
@@ -341,9 +339,7 @@ def _read_zip(file: BufferedReader) -> dict[str, np.ndarray]:
     if prefix + "byteorder" in members:
         order = _member(file, members[prefix + "byteorder"]).tobytes().decode("ascii")
         if order not in ("little", "big"):
-            raise StateDictError(
-                f"the byte order is {order!r}, expected 'little' or 'big'; fetch the file anew."
-            )
+            raise StateDictError(f"the byte order is {order!r}, expected 'little' or 'big'; fetch the file anew.")
     storages: dict[str, _Storage] = {}
     pickled = _member(file, members[pickles[0]]).tobytes()
     checkpoint = _unpickle(BytesIO(pickled), storages)
@@ -372,9 +368,7 @@ def _member(file: BufferedReader, info: zipfile.ZipInfo) -> np.ndarray:
         raise StateDictError(f"the member {info.filename!r} has no header; fetch the file anew.")
     name_length, extra_length = struct.unpack("<HH", header[26:])
     if file.read(name_length) != info.orig_filename.encode("utf-8"):
-        raise StateDictError(
-            f"the member {info.filename!r} has another name in its header; fetch the file anew."
-        )
+        raise StateDictError(f"the member {info.filename!r} has another name in its header; fetch the file anew.")
     file.seek(extra_length, os.SEEK_CUR)
     data = _bytes_at(file, info.file_size)
     if info.CRC and zlib.crc32(data.data) != info.CRC:
@@ -460,9 +454,7 @@ def _arrays(checkpoint: object, data: dict[str, np.ndarray], limit: int) -> dict
     arrays = {}
     for name, value in unwrap(checkpoint).items():
         if not isinstance(value, _Tensor):
-            raise StateDictError(
-                f"the entry {name!r} holds a {type(value).__name__}, not a tensor; {_REMEDY}."
-            )
+            raise StateDictError(f"the entry {name!r} holds a {type(value).__name__}, not a tensor; {_REMEDY}.")
         arrays[name] = _array(name, value, data[value.storage.key], limit)
     return arrays
 

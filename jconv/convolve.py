@@ -182,10 +182,10 @@ def _batch(operands: Any, axes: Any, *, problem: ConvProblem, wish: Algorithm | 
         return jnp.zeros((0, *shape), p.out_dtype), 0
     if rhs_axis is None and p.batch_groups == 1:
         folded, target = p.replace(lhs_shape=_times(p.lhs_shape, 0, size)), out_spec[0]
-        lhs = merge_axis(lhs, lhs_axis, lhs_spec[0])
+        lhs = merge_axis(lhs, lhs_axis, lhs_spec[0])  # pyright: ignore[reportArgumentType]
     elif lhs_axis is None and p.groups == 1:
         folded, target = p.replace(rhs_shape=_times(p.rhs_shape, 0, size)), out_spec[1]
-        rhs = merge_axis(rhs, rhs_axis, rhs_spec[0])
+        rhs = merge_axis(rhs, rhs_axis, rhs_spec[0])  # pyright: ignore[reportArgumentType]
     else:
         lhs = jnp.broadcast_to(lhs, (size, *lhs.shape)) if lhs_axis is None else jnp.moveaxis(lhs, lhs_axis, 0)
         rhs = jnp.broadcast_to(rhs, (size, *rhs.shape)) if rhs_axis is None else jnp.moveaxis(rhs, rhs_axis, 0)
@@ -213,9 +213,7 @@ def _custom(lhs: jax.Array, rhs: jax.Array, problem: ConvProblem, wish: Algorith
         on_cpu, elsewhere = choose(problem, wish, "cpu"), choose(problem, wish, "default")
         if on_cpu == elsewhere:
             return _runner(on_cpu, problem)(lhs, rhs)
-        return lax.platform_dependent(
-            lhs, rhs, cpu=_runner(on_cpu, problem), default=_runner(elsewhere, problem)
-        )
+        return lax.platform_dependent(lhs, rhs, cpu=_runner(on_cpu, problem), default=_runner(elsewhere, problem))
 
 
 def _custom_forward(lhs: Any, rhs: Any, problem: ConvProblem, wish: Algorithm | None) -> Any:

@@ -164,7 +164,9 @@ def _input(
     weight, grad = as_operand("weight", weight), as_operand("grad_output", grad_output)
     check_dtypes(grad, weight=weight)
     input = jax.ShapeDtypeStruct(_shape("input_size", input_size, n), grad.dtype)
-    return input_gradient(grad, weight, _forward(n, input, weight, grad, stride, padding, dilation, groups), algorithm, autodiff)
+    return input_gradient(
+        grad, weight, _forward(n, input, weight, grad, stride, padding, dilation, groups), algorithm, autodiff
+    )
 
 
 def _weight(
@@ -174,7 +176,9 @@ def _weight(
     input, grad = as_operand("input", input), as_operand("grad_output", grad_output)
     check_dtypes(input, grad_output=grad)
     weight = jax.ShapeDtypeStruct(_shape("weight_size", weight_size, n), grad.dtype)
-    return weight_gradient(input, grad, _forward(n, input, weight, grad, stride, padding, dilation, groups), algorithm, autodiff)
+    return weight_gradient(
+        input, grad, _forward(n, input, weight, grad, stride, padding, dilation, groups), algorithm, autodiff
+    )
 
 
 def _shape(name: str, size: Any, n: int) -> tuple[int, ...]:

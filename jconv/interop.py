@@ -259,9 +259,7 @@ def _to_torch_layout(kind: str, kernel: np.ndarray, slot: _Slot) -> np.ndarray:
     groups = int(given) if given else _groups(slot, kernel.shape)
     *spatial, inputs, outputs = kernel.shape
     if groups < 1 or outputs % groups:
-        raise StateDictError(
-            f"{_at(slot)} of shape {kernel.shape} has no {groups} groups; pass another number."
-        )
+        raise StateDictError(f"{_at(slot)} of shape {kernel.shape} has no {groups} groups; pass another number.")
     kernel = kernel.reshape(*spatial, inputs, groups, outputs // groups)
     return kernel.transpose(rank + 1, rank, rank + 2, *range(rank)).reshape(-1, outputs // groups, *spatial)
 
@@ -491,9 +489,7 @@ def _renamed(names: Iterable[str], rename: _Rename | None) -> dict[str, str]:
             raise StateDictError(f"rename makes {new!r} of both {renamed[new]!r} and {name!r}; correct it.")
     for key in sorted(unused):
         layers = {layer for name in names for layer in (name, _layer(name))}
-        raise StateDictError(
-            f"rename has the key {key!r}, which is no entry or layer; {_did_you_mean(key, layers)}"
-        )
+        raise StateDictError(f"rename has the key {key!r}, which is no entry or layer; {_did_you_mean(key, layers)}")
     return renamed
 
 
@@ -557,11 +553,7 @@ def _fit(slot: _Slot, name: str, weight: np.ndarray, given: str | None, cast: bo
         return array.astype(dtype)
     if array.dtype.kind == "c" and dtype.kind != "c":
         return f"{name!r} is {array.dtype}, which does not fit the {dtype} of {_at(slot)}"
-    return (
-        array.astype(dtype)
-        if cast
-        else f"{name!r}: {array.dtype} does not fit {dtype} exactly; pass cast=True"
-    )
+    return array.astype(dtype) if cast else f"{name!r}: {array.dtype} does not fit {dtype} exactly; pass cast=True"
 
 
 def _arranged(slot: _Slot, name: str, weight: np.ndarray, given: str | None) -> np.ndarray | str:
@@ -631,9 +623,7 @@ def _did_you_mean(name: str, names: Iterable[str]) -> str:
 
 def _check_eps(eps: float, nnx: bool, norms: list[tuple[str, Any]]) -> None:
     if not nnx:
-        raise StateDictError(
-            "eps is not part of a Linen tree; construct the module with epsilon=... instead."
-        )
+        raise StateDictError("eps is not part of a Linen tree; construct the module with epsilon=... instead.")
     if not norms:
         raise StateDictError("eps was given, and the module has no normalisation layer; leave it out.")
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps >= 0:
@@ -649,9 +639,7 @@ def _like(old: Any, array: np.ndarray) -> Any:
         return array
     import jax
 
-    return (
-        jax.device_put(array, old.sharding) if getattr(old, "committed", False) else jax.numpy.asarray(array)
-    )
+    return jax.device_put(array, old.sharding) if getattr(old, "committed", False) else jax.numpy.asarray(array)
 
 
 def _rebuilt(tree: Any, path: tuple[str, ...], values: dict[tuple[str, ...], Any]) -> Any:

@@ -213,20 +213,22 @@ def conv_transpose(
         )
     if dimension_numbers is None:
         if lhs.ndim not in _CHANNEL_LAST:
-            raise ConvError(f"dimension_numbers must be given for operands of rank {lhs.ndim}; ranks 2 to 5 have a default")
+            raise ConvError(
+                f"dimension_numbers must be given for operands of rank {lhs.ndim}; ranks 2 to 5 have a default"
+            )
         dimension_numbers = _CHANNEL_LAST[lhs.ndim]
     n = lhs.ndim - 2
     layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     window = tuple(rhs.shape[d] for d in layout.rhs_spec[2:])
-    rhs_dilation = (1,) * n if rhs_dilation is None else rhs_dilation
+    holes: Sequence[int] = (1,) * n if rhs_dilation is None else rhs_dilation
     if padding in ("SAME", "VALID") or use_consistent_padding:
         each = [padding] * n if isinstance(padding, str) else padding
-        extent = dilated(window, rhs_dilation)
+        extent = dilated(window, holes)
         padding = tuple(_transposed_padding(k, s, p) for k, s, p in zip(extent, strides, each, strict=True))
     if transpose_kernel:
         rhs = jnp.flip(rhs, layout.rhs_spec[2:]).swapaxes(layout.rhs_spec[0], layout.rhs_spec[1])
     return conv_general_dilated(
-        lhs, rhs, (1,) * n, padding, strides, rhs_dilation, layout, precision=precision,
+        lhs, rhs, (1,) * n, padding, strides, holes, layout, precision=precision,
         preferred_element_type=preferred_element_type, algorithm=algorithm, autodiff=autodiff,
     )  # fmt: skip
 

@@ -50,7 +50,8 @@ class Plan:
                 )  # fmt: skip
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = [
-            "  " + "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5)), row[5]]).rstrip()
+            "  "
+            + "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5)), row[5]]).rstrip()
             for row in rows
         ]
         head = f"{self.problem}\non {self.device.platform}: {self.algorithm.name} ({self.reason})"

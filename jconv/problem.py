@@ -10,6 +10,7 @@ from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -201,12 +202,14 @@ def is_static(*dims: Any) -> bool:
 
 def integer(name: str, value: Any, minimum: int) -> int:
     """``value`` as an int of at least ``minimum``; strings, booleans and fractions are refused."""
-    if isinstance(value, bool | np.bool_) or isinstance(value, str):
+    if isinstance(value, bool | np.bool_ | str):
         raise ConvTypeError(f"{name} must be an integer, got {value!r}; write it as a number such as {max(minimum, 1)}")
     try:
         number = operator.index(value)
     except TypeError:
-        raise ConvTypeError(f"{name} must be an integer known at trace time, got {value!r}; pass a Python int") from None
+        raise ConvTypeError(
+            f"{name} must be an integer known at trace time, got {value!r}; pass a Python int"
+        ) from None
     if number < minimum:
         raise ConvError(f"{name} must be at least {minimum}, got {number}")
     return number
@@ -237,7 +240,7 @@ def _dtype(name: str, operand: Any) -> np.dtype:
     if not hasattr(operand, "shape") or not hasattr(operand, "dtype"):
         raise ConvTypeError(f"{name} must be an array, got {type(operand).__name__}; wrap it in jnp.asarray(...)")
     dtype = operand.dtype
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
         raise ConvTypeError(f"{name} has dtype {dtype}, which cannot be multiplied; pass numbers")
     return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
 
@@ -281,9 +284,13 @@ def _check_groups(lhs_shape: Any, rhs_shape: Any, feature_groups: int, batch_gro
         )
     for name, groups in (("feature_group_count", feature_groups), ("batch_group_count", batch_groups)):
         if out_features % groups != 0:
-            raise ConvError(f"{name} must divide the output features of rhs, got {groups} groups for {out_features} features")
+            raise ConvError(
+                f"{name} must divide the output features of rhs, got {groups} groups for {out_features} features"
+            )
     if batch_groups > 1 and batch % batch_groups != 0:
-        raise ConvError(f"batch_group_count must divide the batch of lhs, got {batch_groups} groups for a batch of {batch}")
+        raise ConvError(
+            f"batch_group_count must divide the batch of lhs, got {batch_groups} groups for a batch of {batch}"
+        )
 
 
 def _pads(padding: Any, spatial: Any, window: Any, strides: Any, lhs_dilation: Any, rhs_dilation: Any) -> Pads:
@@ -334,7 +341,7 @@ def _preferred(dtype: np.dtype, preferred: Any) -> np.dtype | None:
 def _precision(precision: Any) -> Any:
     """What lax admits, hashable; None takes ``jax.default_matmul_precision`` as lax does."""
     if precision is None:
-        precision = jax.config.jax_default_matmul_precision
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     if precision is None or isinstance(precision, lax.DotAlgorithm | lax.DotAlgorithmPreset):
         return precision
     if isinstance(precision, str) and precision in lax.DotAlgorithmPreset.__members__:

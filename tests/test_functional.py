@@ -329,7 +329,10 @@ def test_unfold_keeps_infinities():
         (lambda: F.unfold(draw(1, 1, 3, 3), 2, stride=0), "stride must be at least 1, got 0"),
         (lambda: F.unfold(draw(1, 1, 3, 3), (2, 2, 2)), "kernel_size must be an int or 2 ints, got 3"),
         (lambda: F.unfold(draw(1, 1, 3, 3), 2, padding=-1), "padding must be at least 0"),
-        (lambda: F.fold(draw(1, 7, 4), 3, 2), r"7 rows in each column, which kernel_size \(2, 2\) \(4\) does not divide"),
+        (
+            lambda: F.fold(draw(1, 7, 4), 3, 2),
+            r"7 rows in each column, which kernel_size \(2, 2\) \(4\) does not divide",
+        ),
         (lambda: F.fold(draw(1, 8, 5), 3, 2), "has 5 columns, but output_size.*2 x 2 = 4"),
         (lambda: F.fold(draw(1, 8, 4, 1), 3, 2), "input must be"),
         (lambda: F.fold(draw(1, 4, 1), (0, 3), 2), "output_size"),
@@ -377,7 +380,9 @@ BAD = {
 def test_errors(name):
     (function, *arrays), options, message = BAD[name]
     with pytest.raises((RuntimeError, TypeError, ValueError)):
-        getattr(TF, function)(*(None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in arrays), **options)
+        getattr(TF, function)(
+            *(None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in arrays), **options
+        )
     with pytest.raises(jconv.ConvError, match=message):
         getattr(F, function)(*arrays, **options)
 

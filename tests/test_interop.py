@@ -131,10 +131,7 @@ LAYERS = {
         f"conv{n}d-g{g}-{'bias' if b else 'nobias'}": (conv_case, n, g, b)
         for n, g, b in product((1, 2, 3), (1, 2), (1, 0))
     },
-    **{
-        f"transposed{n}d-{o}-{t}": (transposed_case, n, o, t)
-        for n, o, t in product((1, 2, 3), (4, 5), (False, True))
-    },
+    **{f"transposed{n}d-{o}-{t}": (transposed_case, n, o, t) for n, o, t in product((1, 2, 3), (4, 5), (False, True))},
     "linear": (
         lambda: (
             torch.nn.Linear(3, 5),
@@ -271,9 +268,7 @@ def test_jconv_transposed_layout(inputs, outputs, groups):
     flax_layer = load_torch(ConvTranspose2d(inputs, outputs, (3, 2), groups), state)
     kernel = np.asarray(flax_layer.kernel.get_value())
     for g, i, o in product(range(groups), range(inputs // groups), range(per_group)):
-        np.testing.assert_array_equal(
-            kernel[:, :, i, g * per_group + o], weight[g * (inputs // groups) + i, o]
-        )
+        np.testing.assert_array_equal(kernel[:, :, i, g * per_group + o], weight[g * (inputs // groups) + i, o])
     x = np.random.default_rng(2).normal(size=(2, 3, 4, inputs)).astype(np.float32)
     expected = torch_layer(torch.from_numpy(np.moveaxis(x, -1, 1))).detach().numpy()
     close(transposed_reference(x, kernel, groups, 2) + state["bias"], channels_last(expected))
@@ -337,9 +332,7 @@ def test_jconv_linen():
 
         @linen.compact
         def __call__(self, x):
-            return layers.ConvTranspose2d(4, 3, groups=self.groups)(
-                layers.Conv2d(4, 3, groups=self.groups)(x)
-            )
+            return layers.ConvTranspose2d(4, 3, groups=self.groups)(layers.Conv2d(4, 3, groups=self.groups)(x))
 
     x = np.random.default_rng(9).normal(size=(2, 4, 6, 5)).astype(np.float32)
     for groups in (1, 2):
@@ -385,9 +378,7 @@ class TorchNet(torch.nn.Module):
 
 class NnxBlock(nnx.Module):
     def __init__(self, width, rngs):
-        self.conv = nnx.Conv(
-            width, width, (3, 3), padding="VALID", feature_group_count=2, use_bias=False, rngs=rngs
-        )
+        self.conv = nnx.Conv(width, width, (3, 3), padding="VALID", feature_group_count=2, use_bias=False, rngs=rngs)
         self._bn1 = nnx.BatchNorm(width, use_running_average=True, rngs=rngs)
 
     def __call__(self, x):
@@ -488,9 +479,7 @@ def test_linen_transposed_by_name_and_by_shape():
 
         @linen.compact
         def __call__(self, x):
-            return linen.ConvTranspose(
-                self.outputs, (3, 3), padding="VALID", transpose_kernel=self.transpose_kernel
-            )(x)
+            return linen.ConvTranspose(self.outputs, (3, 3), padding="VALID", transpose_kernel=self.transpose_kernel)(x)
 
     x = np.random.default_rng(6).normal(size=(1, 4, 5, 5)).astype(np.float32)
     for outputs, transpose_kernel in ((4, False), (6, False), (6, True)):
@@ -579,9 +568,7 @@ def test_nnx_names():
     expected = {"layers.0.weight", "scale", "statistic", "items.0", "_seq.1.weight"}
     state = to_torch(Inner())
     assert set(state) == expected
-    new = {
-        name: np.random.default_rng(7).normal(size=v.shape).astype(np.float32) for name, v in state.items()
-    }
+    new = {name: np.random.default_rng(7).normal(size=v.shape).astype(np.float32) for name, v in state.items()}
     assert_same(to_torch(load_torch(Inner(), new)), new)
     spelled = dict(new)
     spelled["seq.layers.1.weight"] = spelled.pop("_seq.1.weight")
@@ -601,9 +588,7 @@ def test_rename():
         to_torch(load_torch(linear_tree("fc"), linear_state("backbone.fc"), rename={"backbone": ""})),
         linear_state("fc"),
     )
-    by_function = load_torch(
-        linear_tree("b"), linear_state("a"), rename=lambda name: name.replace("a.", "b.")
-    )
+    by_function = load_torch(linear_tree("b"), linear_state("a"), rename=lambda name: name.replace("a.", "b."))
     assert_same(to_torch(by_function), linear_state("b"))
 
 
@@ -757,8 +742,7 @@ def test_one_report_and_nothing_written(net):
             load_torch(model, state, strict=strict, eps=0.5)
         message = str(caught.value)
         assert (
-            "Missing in the state dict (1):\n  'blocks.0.conv.weight' for blocks/0/conv/kernel (3, 3, 2, 4)"
-            in message
+            "Missing in the state dict (1):\n  'blocks.0.conv.weight' for blocks/0/conv/kernel (3, 3, 2, 4)" in message
         )
         assert "did you mean 'blocks.0.konv.weight'?" in message
         assert "Unexpected, with no place in Flax (1):\n  'blocks.0.konv.weight' (4, 2, 3, 3)" in message
@@ -914,9 +898,7 @@ def test_pth_bit_for_bit(tmp_path, new):
 def test_pth_nested_and_loaded(tmp_path, new, key, net):
     torch_net, x, expected = net
     state = torch_net.state_dict()
-    value = (
-        state if key is None else {key: state, "epoch": 3, "optimizer": {"lr": 0.1}, "shape": torch.Size([1])}
-    )
+    value = state if key is None else {key: state, "epoch": 3, "optimizer": {"lr": 0.1}, "shape": torch.Size([1])}
     path = saved(tmp_path / "x.pt", value, new)
     model = load_torch(NnxNet(nnx.Rngs(0)), path, eps=1e-5)
     close(model(x), expected)
@@ -982,9 +964,7 @@ def test_pth_needs_no_torch(tmp_path):
         "    assert arrays['a'].tolist() == [0, 1, 2] and arrays['b'].tolist() == [1, 1]\n"
     )
     paths = [str(tmp_path / f"{new}.pth") for new in FORMATS.values()]
-    subprocess.run(
-        [sys.executable, "-c", program, *paths], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
-    )
+    subprocess.run([sys.executable, "-c", program, *paths], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
 
 
 # --- forged files ------------------------------------------------------------------------------------
@@ -1053,9 +1033,7 @@ def test_forged_files_of_honest_content_load(tmp_path):
         assert_same(read_checkpoint(legacy_file(tmp_path / "l", data, {"0": (6, SIX.tobytes())})), expected)
     view = Pid("storage", torch.cuda.FloatStorage, "0", "cuda:0", 6, ("v", 2, 3))
     data = pickled({"a": tensor(view, 1, (2,), (1,))})
-    assert_same(
-        read_checkpoint(legacy_file(tmp_path / "l", data, {"0": (6, SIX.tobytes())})), {"a": SIX[3:5]}
-    )
+    assert_same(read_checkpoint(legacy_file(tmp_path / "l", data, {"0": (6, SIX.tobytes())})), {"a": SIX[3:5]})
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,7 @@ def test_exact(case, algorithm, dtype):
     problem = case.problem(dtype)
     wide = {np.int8: np.int32, np.uint8: np.uint32, bfloat16: np.float32}.get(dtype)
     lhs, rhs = (x.astype(dtype) for x in case.operands(np.uint8 if dtype is np.uint8 else np.int8))
-    actual = jconv.conv_general_dilated(
-        lhs, rhs, **case.arguments, algorithm=algorithm, preferred_element_type=wide
-    )
+    actual = jconv.conv_general_dilated(lhs, rhs, **case.arguments, algorithm=algorithm, preferred_element_type=wide)
     expected = reference.convolve(problem, lhs, rhs)
     assert actual.dtype == np.dtype(wide or dtype)
     np.testing.assert_array_equal(np.asarray(actual).astype(expected.dtype), expected)
@@ -173,8 +171,10 @@ def test_a_named_algorithm_is_what_runs():
     case = next(c for c in CASES if c.name == "dense_2d:same")
     x, w = case.operands(np.float32)
     for name, operation in (("im2col", "dot_general"), ("xla", "convolution")):
-        text = jax.jit(
-            lambda x, w, name=name: jconv.conv_general_dilated(x, w, **case.arguments, algorithm=name)
-        ).lower(x, w).as_text()
+        text = (
+            jax.jit(lambda x, w, name=name: jconv.conv_general_dilated(x, w, **case.arguments, algorithm=name))
+            .lower(x, w)
+            .as_text()
+        )
         assert f"stablehlo.{operation}" in text
         assert ("stablehlo.convolution" in text) == (name == "xla")

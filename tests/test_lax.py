@@ -39,7 +39,13 @@ DTYPES = [
      (np.complex64, None), (np.complex64, np.complex128), (np.int8, None), (np.int8, np.int32), (np.int16, None),
      (np.uint8, np.uint32), (np.int32, None), (np.int8, np.float32), (np.float32, np.float64),
 ]  # fmt: skip
-TYPED = ("dense_2d:same", "pointwise_2d:strided", "grouped_2d:stride_tail", "batch_groups_2d:three", "edge_2d:no_output")
+TYPED = (
+    "dense_2d:same",
+    "pointwise_2d:strided",
+    "grouped_2d:stride_tail",
+    "batch_groups_2d:three",
+    "edge_2d:no_output",
+)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +79,10 @@ def test_conv_with_general_padding():
     x, w = rng.standard_normal((2, 3, 6, 6)), rng.standard_normal((4, 3, 3, 3))
     arguments = ((2, 1), [(1, 2), (0, 3)], (1, 2), (2, 1))
     assert_close(
-        jconv.conv_with_general_padding(x, w, *arguments), lax.conv_with_general_padding(x, w, *arguments), "auto", np.float64
+        jconv.conv_with_general_padding(x, w, *arguments),
+        lax.conv_with_general_padding(x, w, *arguments),
+        "auto",
+        np.float64,
     )
 
 
@@ -91,9 +100,7 @@ def test_conv_transpose(rank, padding, transpose_kernel, stride, dilation, windo
             pytest.skip("this JAX has no use_consistent_padding")
         options["use_consistent_padding"] = True
     pads = padding if padding in ("SAME", "VALID") else ((1, 0),) * rank
-    ours, theirs = (
-        f(x, w, (stride,) * rank, pads, **options) for f in (jconv.conv_transpose, lax.conv_transpose)
-    )
+    ours, theirs = (f(x, w, (stride,) * rank, pads, **options) for f in (jconv.conv_transpose, lax.conv_transpose))
     assert_close(ours, theirs, "auto", np.float64)
 
 
@@ -101,9 +108,7 @@ def test_conv_transpose(rank, padding, transpose_kernel, stride, dilation, windo
 def test_patches(layout):
     x = np.random.default_rng(0).standard_normal((2, 6, 5, 3) if layout and layout[0] == "NHWC" else (3, 6, 5, 2))
     arguments = ((2, 3), (2, 1), [(1, 0), (2, 1)], (1, 1), (2, 1), layout)
-    ours, theirs = (
-        f(x, *arguments) for f in (jconv.conv_general_dilated_patches, lax.conv_general_dilated_patches)
-    )
+    ours, theirs = (f(x, *arguments) for f in (jconv.conv_general_dilated_patches, lax.conv_general_dilated_patches))
     np.testing.assert_array_equal(ours, theirs)
 
 
@@ -123,7 +128,9 @@ def test_local(layout, precision):
     assert_close(ours, theirs, "auto", np.float64)
 
 
-@pytest.mark.parametrize("precision", (None, "highest", "high", lax.Precision.DEFAULT, ("highest", "default"), "BF16_BF16_F32"))
+@pytest.mark.parametrize(
+    "precision", (None, "highest", "high", lax.Precision.DEFAULT, ("highest", "default"), "BF16_BF16_F32")
+)
 def test_precision_reaches_the_operation(precision):
     case = BY_NAME["dense_2d:same"]
     x, w = case.operands(np.float32)
@@ -132,10 +139,16 @@ def test_precision_reaches_the_operation(precision):
         assert problem.precision is lax.DotAlgorithmPreset.BF16_BF16_F32
         return
     trace = lambda f: str(jax.make_jaxpr(lambda x, w: f(x, w, **case.arguments, precision=precision))(x, w))  # noqa: E731
-    ours = jax.jit(
-        lambda x, w: jconv.conv_general_dilated(x, w, **case.arguments, precision=precision, algorithm="xla")
-    ).lower(x, w).as_text()
-    theirs = jax.jit(lambda x, w: lax.conv_general_dilated(x, w, **case.arguments, precision=precision)).lower(x, w).as_text()
+    ours = (
+        jax.jit(lambda x, w: jconv.conv_general_dilated(x, w, **case.arguments, precision=precision, algorithm="xla"))
+        .lower(x, w)
+        .as_text()
+    )
+    theirs = (
+        jax.jit(lambda x, w: lax.conv_general_dilated(x, w, **case.arguments, precision=precision))
+        .lower(x, w)
+        .as_text()
+    )
     wanted = [line.split("precision_config")[1] for line in theirs.splitlines() if "precision_config" in line]
     assert wanted == [line.split("precision_config")[1] for line in ours.splitlines() if "precision_config" in line]
     assert "jconv" in trace(jconv.conv_general_dilated)

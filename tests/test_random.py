@@ -13,7 +13,10 @@ from jconv.adjoint import input_problem, trimmed, weight_problem
 from jconv.convolve import convolve, input_gradient, weight_gradient
 
 SETTINGS = settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
 
@@ -40,7 +43,9 @@ def problems(draw):
     rhs = (out * groups, features, *window)
     specs = [tuple(draw(st.permutations(range(n + 2)))) for _ in range(3)]
     physical = [tuple(shape[spec.index(axis)] for axis in range(n + 2)) for shape, spec in zip((lhs, rhs), specs)]
-    arrays = [np.random.default_rng([i, *shape]).integers(-3, 4, shape).astype(np.int64) for i, shape in enumerate(physical)]
+    arrays = [
+        np.random.default_rng([i, *shape]).integers(-3, 4, shape).astype(np.int64) for i, shape in enumerate(physical)
+    ]
     from jax.lax import ConvDimensionNumbers
 
     problem = jconv.ConvProblem.of(
@@ -89,7 +94,10 @@ def torch_calls(draw):
         options["output_padding"] = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation))
     shape = (groups * per_in, per_out) if transposed else (groups * per_out, per_in)
     rng = np.random.default_rng([n, groups, *size, *window])
-    arrays = [rng.standard_normal(s) for s in ((draw(st.integers(1, 2)), groups * per_in, *size), (*shape, *window), (groups * per_out,))]
+    arrays = [
+        rng.standard_normal(s)
+        for s in ((draw(st.integers(1, 2)), groups * per_in, *size), (*shape, *window), (groups * per_out,))
+    ]
     return f"conv{'_transpose' * transposed}{n}d", arrays, options
 
 

@@ -176,7 +176,9 @@ def test_custom_vjp_refuses_forward_mode_late(name):
 
 def test_custom_vjp_keeps_two_operands():
     """What is kept for the backward pass is lhs and rhs, and never the columns."""
-    f = functools.partial(conv, functools.partial(jconv.conv_general_dilated, algorithm="im2col", autodiff="custom_vjp"))
+    f = functools.partial(
+        conv, functools.partial(jconv.conv_general_dilated, algorithm="im2col", autodiff="custom_vjp")
+    )
     _, backward = jax.vjp(f, X, W)
     kept = [leaf for leaf in jax.tree.leaves(backward) if hasattr(leaf, "shape")]
     assert sorted(leaf.shape for leaf in kept) == sorted([X.shape, W.shape])
@@ -190,7 +192,9 @@ def test_primitive_keeps_two_operands():
 
 
 def test_custom_vjp_is_public_api_only():
-    f = functools.partial(conv, functools.partial(jconv.conv_general_dilated, algorithm="im2col", autodiff="custom_vjp"))
+    f = functools.partial(
+        conv, functools.partial(jconv.conv_general_dilated, algorithm="im2col", autodiff="custom_vjp")
+    )
     text = str(jax.make_jaxpr(jax.grad(lambda x, w: f(x, w).sum(), (0, 1)))(X, W))
     assert "dot_general" in text and "= jconv[" not in text
     assert "= jconv[" in str(jax.make_jaxpr(lambda x, w: conv(jconv.conv_general_dilated, x, w))(X, W))
@@ -229,9 +233,7 @@ def test_vmap_of_batch_groups(axes, algorithm):
     xs, ws = (a[0] if axis is None else np.moveaxis(a, 0, axis) for a, axis in zip((xs, ws), axes, strict=True))
 
     def run(f):
-        g = functools.partial(
-            f, window_strides=(1, 2), padding="SAME", dimension_numbers=NHWC, batch_group_count=2
-        )
+        g = functools.partial(f, window_strides=(1, 2), padding="SAME", dimension_numbers=NHWC, batch_group_count=2)
         return jax.vmap(g, axes)(xs, ws), jax.vmap(jax.grad(lambda x, w: jnp.sin(g(x, w)).sum(), (0, 1)), axes)(xs, ws)
 
     check(run(functools.partial(jconv.conv_general_dilated, algorithm=algorithm)), run(lax.conv_general_dilated))
@@ -295,7 +297,11 @@ ALGORITHM_AND_GROUPS = (("im2col", 1), ("im2col", 2), ("xla", 1))
 
 @pytest.mark.parametrize(
     "algorithm,groups,spec",
-    [(a, g, spec) for a, g in ALGORITHM_AND_GROUPS for spec in (*ALL_AXES, *((P("a"), P(None, "a")) if a == "im2col" else ()))],
+    [
+        (a, g, spec)
+        for a, g in ALGORITHM_AND_GROUPS
+        for spec in (*ALL_AXES, *((P("a"), P(None, "a")) if a == "im2col" else ()))
+    ],
 )
 def test_automatic_partitioning(algorithm, groups, spec):
     """Operands sharded over a mesh: the same numbers as on one device."""
@@ -353,7 +359,12 @@ def test_export_chooses_by_platform(autodiff):
             x, w, (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=8, autodiff=autodiff
         )
 
-    assert jconv.plan(*shapes, (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=8, platform="cpu").algorithm.name == "im2col"
+    assert (
+        jconv.plan(
+            *shapes, (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=8, platform="cpu"
+        ).algorithm.name
+        == "im2col"
+    )
     for platform, conv_op in (("cpu", False), ("cuda", True), ("tpu", True), ("rocm", True)):
         text = exported(f, *shapes, platforms=(platform,)).mlir_module()
         assert ("stablehlo.convolution" in text) == conv_op, platform

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -65,12 +67,11 @@ def refuse_unsized(problem: ConvProblem) -> str | None:
 
 def operand_bytes(problem: ConvProblem) -> int:
     """Bytes to read both operands and to write the result once."""
-    sizes = [problem.lhs_shape, problem.rhs_shape]
-    read = sum(_count(shape) for shape in sizes) * problem.dtype.itemsize
-    return read + _count(problem.output_shape) * problem.out_dtype.itemsize
+    read = (prod(problem.lhs_shape) + prod(problem.rhs_shape)) * problem.dtype.itemsize
+    return read + prod(problem.output_shape) * problem.out_dtype.itemsize
 
 
-def pad_and_dilate(problem: ConvProblem, lhs: jax.Array, spatial_axes: tuple[int, ...]) -> jax.Array:
+def pad_and_dilate(problem: ConvProblem, lhs: jax.Array, spatial_axes: Sequence[int]) -> jax.Array:
     """``lhs`` with the problem's padding and holes written out along ``spatial_axes``."""
     config = [(0, 0, 0)] * lhs.ndim
     for axis, (low, high), dilation in zip(spatial_axes, problem.padding, problem.lhs_dilation, strict=True):
@@ -80,13 +81,6 @@ def pad_and_dilate(problem: ConvProblem, lhs: jax.Array, spatial_axes: tuple[int
     return lax.pad(lhs, jnp.zeros((), lhs.dtype), config)
 
 
-def inverse(spec: tuple[int, ...]) -> tuple[int, ...]:
+def inverse(spec: Sequence[int]) -> tuple[int, ...]:
     """The permutation that brings logical order (batch, features, *spatial) into the layout ``spec``."""
     return tuple(spec.index(axis) for axis in range(len(spec)))
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    n = 1
-    for d in shape:
-        n *= d
-    return n

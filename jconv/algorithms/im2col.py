@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -34,19 +37,20 @@ class Im2col:
         return refusal
 
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
-        per_group = problem.rhs_shape[0] // problem.groups
         if _elementwise(problem):
             efficiency = 110 if problem.is_weight_gradient else 300
             return Cost(2 * problem.macs, operand_bytes(problem), 0, efficiency)
+        depth, width = prod(problem.rhs_shape[1:]), problem.rhs_shape[0] // problem.groups
         if problem.is_weight_gradient:
-            depth = prod(problem.rhs_shape[1:])
-            columns = prod(problem.rhs_shape[1:]) * problem.lhs_shape[0] * problem.feature_groups
+            height = problem.lhs_shape[0] // problem.batch_groups
+            columns = depth * problem.lhs_shape[0] * problem.feature_groups
             moved = columns * _slices(problem)
+            efficiency = 600 * min(height, 16) // 16 * min(width, 16) // 16 * min(depth, 128) // 128 + 1
         else:
-            depth = prod(problem.rhs_shape[1:])
             columns = prod(problem.output_shape[2:]) * problem.output_shape[0] * depth * problem.groups
             moved = 2 * columns
-        efficiency = max(1, 850 * min(depth, 32) // 32 * min(per_group, 16) // 16)
+            # XLA:CPU fuses the slices into a narrow product and then reads them again for each element.
+            efficiency = (850 if width >= 8 else 10) * min(depth, 100) // 100 + 1
         size = problem.dtype.itemsize
         return Cost(2 * problem.macs, operand_bytes(problem) + moved * size, columns * size, efficiency)
 
@@ -84,8 +88,12 @@ def _by_column(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Arra
     if _elementwise(problem):
         wide = _accumulator(problem)
         kernel = w.reshape(len(taps), groups, -1).astype(wide)
-        y = sum(tap[..., None].astype(wide) * k for tap, k in zip(taps, kernel, strict=True))
-        y = y.astype(problem.out_dtype).reshape(batch, *positions, problem.rhs_shape[0])
+        terms = [tap[..., None].astype(wide) * k for tap, k in zip(taps, kernel, strict=True)]
+        y = (
+            functools.reduce(operator.add, terms)
+            .astype(problem.out_dtype)
+            .reshape(batch, *positions, problem.rhs_shape[0])
+        )
     elif groups == 1:
         columns = lax.concatenate(taps, n + 1)
         y = lax.dot_general(columns, w.reshape(-1, w.shape[-1]), (((n + 1,), (0,)), ((), ())), **options)
@@ -101,7 +109,7 @@ def _by_column(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Arra
 def _by_position(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """For each output position, [batch, group, features, window] . [group, out, features, window], in place:
     the products contract the operands' own axes, so that nothing is transposed."""
-    n, groups = problem.spatial_rank, problem.groups
+    groups = problem.groups
     batch_axis, feature_axis, *spatial = problem.layout.lhs_spec
     out_axis, in_axis, *window = problem.layout.rhs_spec
     x = pad_and_dilate(problem, lhs, tuple(spatial))
@@ -127,9 +135,7 @@ def _by_position(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Ar
         part = part.reshape(_split(part.shape, grouped_axis, groups))
         x_contract = tuple(_moved(a, grouped_axis) for a in (feature_axis, *spatial))
         w_contract = tuple(_moved(a, out_axis) for a in (in_axis, *window))
-        product = lax.dot_general(
-            part, w, ((x_contract, w_contract), ((grouped_axis,), (out_axis,))), **options
-        )
+        product = lax.dot_general(part, w, ((x_contract, w_contract), ((grouped_axis,), (out_axis,))), **options)
         product = product.transpose(1, 0, 2)
         products.append(product.reshape(product.shape[0], -1))
     y = jnp.stack(products, axis=1).reshape(problem.output_shape[0], *problem.output_shape[2:], -1)
@@ -168,6 +174,6 @@ def _moved(axis: int, split: int) -> int:
     return axis if axis < split else axis + 1
 
 
-def _from_channel_last(y: jax.Array, out_spec: tuple[int, ...]) -> jax.Array:
+def _from_channel_last(y: jax.Array, out_spec: Sequence[int]) -> jax.Array:
     logical = (0, y.ndim - 1, *range(1, y.ndim - 1))
     return y.transpose(tuple(logical[i] for i in inverse(out_spec)))

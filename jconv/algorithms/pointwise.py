@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import jax
 from jax import lax
@@ -26,9 +27,9 @@ class Pointwise:
         return refuse_unsized(problem)
 
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
-        depth, width = problem.rhs_shape[1], problem.rhs_shape[0]
-        efficiency = 880 * min(depth, 16) // 16 * min(width, 16) // 16
-        return Cost(2 * problem.macs, operand_bytes(problem), 0, max(1, efficiency))
+        flops = 2 * problem.macs // prod(problem.lhs_dilation)
+        efficiency = 920 * min(problem.rhs_shape[1], 100) // 100 + 1
+        return Cost(flops, operand_bytes(problem), 0, efficiency)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         lhs_spec, rhs_spec, out_spec = problem.layout

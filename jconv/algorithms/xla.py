@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,9 @@ class Xla:
         return None
 
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
+        flops = 2 * problem.macs // (1 if problem.groups > 1 else prod(problem.lhs_dilation))  # it skips the holes
         efficiency = 850 if device.vendor_default else _cpu_efficiency(problem)
-        return Cost(2 * problem.macs, operand_bytes(problem), 0, efficiency)
+        return Cost(flops, operand_bytes(problem), 0, efficiency)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         if problem.is_empty:
@@ -53,7 +55,8 @@ def convolution(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Arr
 
 
 def _cpu_efficiency(problem: ConvProblem) -> int:
-    """Thousandths of the matrix-product rate that XLA:CPU was measured to reach (benchmarks/README.md)."""
+    """Thousandths of the matrix-product rate that XLA:CPU was measured to reach (``make bench``)."""
+    out_features, depth = problem.rhs_shape[0], prod(problem.rhs_shape[1:])
     if problem.batch_groups > 1:
         return max(1, 600 // problem.groups**2)
     if problem.feature_groups > 1:
@@ -61,5 +64,9 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
     if problem.spatial_rank == 3:
         return 220
     if problem.is_weight_gradient:
-        return 450 if problem.output_shape[2:] != (1,) * problem.spatial_rank else 120
-    return 800
+        if prod(problem.output_shape[2:]) == 1:
+            return 220
+        if problem.lhs_shape[0] == 1 or out_features < 8:
+            return 150
+        return 850 if out_features >= 64 else 420 if out_features >= 32 else 45
+    return (780 if problem.is_pointwise else 950) * min(depth, 100) // 100 + 1

@@ -301,9 +301,7 @@ def transposed_convolution(
     _check_bias(bias, out_features)
     check_dtypes(input, weight=kernel, bias=bias)
     extent = dilated(window, dilation)
-    inner = [
-        (r - 1 - low, r - 1 - high + e) for r, (low, high), e in zip(extent, pads, extra, strict=True)
-    ]
+    inner = [(r - 1 - low, r - 1 - high + e) for r, (low, high), e in zip(extent, pads, extra, strict=True)]
     sizes = _spatial(input.shape, data_format)
     results = [
         (size - 1) * s + 1 + low + high - (r - 1)

@@ -75,9 +75,13 @@ def fold(
     (kh, kw), (lh, lw) = grid.kernel_size, grid.positions
     batch, columns, length = x.shape
     if columns % (kh * kw) != 0:
-        raise ConvError(f"input has {columns} rows in each column, which kernel_size {(kh, kw)} ({kh * kw}) does not divide")
+        raise ConvError(
+            f"input has {columns} rows in each column, which kernel_size {(kh, kw)} ({kh * kw}) does not divide"
+        )
     if length != lh * lw:
-        raise ConvError(f"input has {length} columns, but output_size {size} has {lh} x {lw} = {lh * lw} window positions")
+        raise ConvError(
+            f"input has {length} columns, but output_size {size} has {lh} x {lw} = {lh * lw} window positions"
+        )
     x = x.reshape(batch, columns // (kh * kw), kh * kw, lh, lw)
     padded = tuple(s + 2 * p for s, p in zip(size, grid.padding, strict=True))
     zero = jnp.zeros((), x.dtype)
