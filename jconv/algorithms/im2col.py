@@ -45,7 +45,8 @@ class Im2col:
             height = problem.lhs_shape[0] // problem.batch_groups
             columns = depth * problem.lhs_shape[0] * problem.feature_groups
             moved = columns * _slices(problem)
-            efficiency = 600 * min(height, 16) // 16 * min(width, 16) // 16 * min(depth, 128) // 128 + 1
+            peak = 900 if _slices(problem) == 1 else 600
+            efficiency = peak * min(height, 16) // 16 * min(width, 64) // 64 * min(depth, 128) // 128 + 1
         else:
             columns = prod(problem.output_shape[2:]) * problem.output_shape[0] * depth * problem.groups
             moved = 2 * columns
