@@ -52,6 +52,8 @@ class Im2col:
             moved = 2 * columns
             # XLA:CPU fuses the slices into a narrow product and then reads them again for each element.
             efficiency = (850 if width >= 8 else 10) * min(depth, 100) // 100 + 1
+            if problem.groups > 1:
+                efficiency = max(5, min(700, 18 * problem.rhs_shape[1] - 62))
         size = problem.dtype.itemsize
         return Cost(2 * problem.macs, operand_bytes(problem) + moved * size, columns * size, efficiency)
 

@@ -60,7 +60,7 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
     if problem.batch_groups > 1:
         return max(1, 600 // problem.groups**2)
     if problem.feature_groups > 1:
-        return max(6, min(250, 8 * problem.rhs_shape[1]))
+        return max(6, min(400, 13 * problem.rhs_shape[1]))
     if problem.spatial_rank == 3:
         return 220
     if problem.is_weight_gradient:
