@@ -121,7 +121,8 @@ def _jitted(problem: ConvProblem, wish: Algorithm | None) -> Callable[[jax.Array
 
 @conv_p.def_impl
 def _evaluate(lhs: jax.Array, rhs: jax.Array, *, problem: ConvProblem, wish: Algorithm | None) -> jax.Array:
-    return _jitted(problem, wish)(lhs, rhs)
+    with jax.disable_jit(False):  # an eager call is compiled whole, as lax's own are
+        return _jitted(problem, wish)(lhs, rhs)
 
 
 @conv_p.def_abstract_eval

@@ -223,6 +223,11 @@ def test_kernel_gradient_is_one_dot_for_each_output_position():
     assert text.count("stablehlo.dot_general") == 9
 
 
+def test_disable_jit():
+    with jax.disable_jit():
+        check(*both(TRANSFORMS["grad_both"], algorithm="im2col"))
+
+
 # vmap over batch groups, which lax's rule has a branch of its own for.
 
 
