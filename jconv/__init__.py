@@ -8,6 +8,7 @@ from jconv import lax as lax
 from jconv.algorithms.base import Algorithm as Algorithm
 from jconv.algorithms.base import Cost as Cost
 from jconv.algorithms.table import ALGORITHMS as ALGORITHMS
+from jconv.convolve import dots_saveable as dots_saveable
 from jconv.errors import AlgorithmError as AlgorithmError
 from jconv.errors import ConvError as ConvError
 from jconv.errors import ConvTypeError as ConvTypeError

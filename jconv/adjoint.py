@@ -90,17 +90,6 @@ def as_input(p: ConvProblem, out: jax.Array) -> jax.Array:
     return merge_axis(split_axis(out, features, p.batch_groups), features, batch)
 
 
-def trimmed(p: ConvProblem) -> ConvProblem:
-    """``p`` without the high padding that no window reaches, which strides can leave over."""
-    o = dilated(p.output_shape[2:], p.strides)
-    return p.replace(
-        padding=tuple(
-            (lo, out + r - 1 - left - lo)
-            for (lo, _), left, r, out in zip(p.padding, p.lhs_extent, p.rhs_extent, o, strict=True)
-        )
-    )
-
-
 def split_axis(x: jax.Array, axis: int, outer: int) -> jax.Array:
     """Axis of size ``outer * inner`` into (outer, inner)."""
     return x.reshape(*x.shape[:axis], outer, x.shape[axis] // outer, *x.shape[axis + 1 :])

@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from math import comb
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jconv.adjoint import as_input, input_problem, kernel_for_input, merge_axis, split_axis, weight_problem
-from jconv.algorithms.base import Algorithm
-from jconv.algorithms.xla import convolution
-from jconv.errors import ConvError, ConvTypeError
+from jconv.algorithms.base import Algorithm, lax_convolution
+from jconv.errors import AlgorithmError, ConvError, ConvTypeError
 from jconv.planner import choose, resolve
-from jconv.problem import ConvProblem
+from jconv.problem import ConvProblem, is_static
 
 Autodiff = Literal["primitive", "custom_vjp"]
 AlgorithmLike = str | Algorithm
@@ -94,14 +95,19 @@ def _binder(problem: ConvProblem, algorithm: AlgorithmLike, autodiff: str) -> Bi
 
 
 def _input_rule(bind: Bind, grad: jax.Array, rhs: jax.Array, p: ConvProblem, out_sharding: Any = None) -> jax.Array:
-    kernel = kernel_for_input(p, rhs.astype(grad.dtype))
+    kernel = kernel_for_input(p, _cast(rhs, grad.dtype))
     out = bind(grad, kernel, input_problem(p).replace(out_sharding=out_sharding))
-    return as_input(p, out).astype(p.dtype)
+    return _cast(as_input(p, out), p.dtype)
 
 
 def _weight_rule(bind: Bind, lhs: jax.Array, grad: jax.Array, p: ConvProblem, out_sharding: Any = None) -> jax.Array:
-    out = bind(lhs.astype(grad.dtype), grad, weight_problem(p).replace(out_sharding=out_sharding))
-    return out.astype(p.dtype)
+    out = bind(_cast(lhs, grad.dtype), grad, weight_problem(p).replace(out_sharding=out_sharding))
+    return _cast(out, p.dtype)
+
+
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    """``x`` itself where the dtype is right, which keeps a weak type weak."""
+    return x if x.dtype == dtype else x.astype(dtype)
 
 
 # The primitive.
@@ -121,8 +127,13 @@ def _jitted(problem: ConvProblem, wish: Algorithm | None) -> Callable[[jax.Array
 
 @conv_p.def_impl
 def _evaluate(lhs: jax.Array, rhs: jax.Array, *, problem: ConvProblem, wish: Algorithm | None) -> jax.Array:
-    with jax.disable_jit(False):  # an eager call is compiled whole, as lax's own are
-        return _jitted(problem, wish)(lhs, rhs)
+    if _explicit_sharding(jax.typeof(lhs)) is not None:
+        with jax.disable_jit(False):
+            return _jitted(problem, wish)(lhs, rhs)
+    # The algorithm itself, and not the primitive, so that JAX can replay it under debug_nans and disable_jit.
+    placed = (next(iter(x.devices())).platform for x in (lhs, rhs) if hasattr(x, "devices"))
+    platform = next(placed, jax.default_backend())
+    return _runner(choose(problem, wish, platform), problem)(lhs, rhs)
 
 
 @conv_p.def_abstract_eval
@@ -133,7 +144,7 @@ def _abstract(lhs: Any, rhs: Any, *, problem: ConvProblem, wish: Algorithm | Non
 @functools.lru_cache(maxsize=4096)
 def _lax_type(lhs: Any, rhs: Any, problem: ConvProblem) -> Any:
     """The result's type by lax's own rules for shapes, dtypes, weak types, shardings and varying axes."""
-    return jax.make_jaxpr(functools.partial(convolution, problem))(lhs, rhs).out_avals[0]
+    return jax.make_jaxpr(functools.partial(lax_convolution, problem))(lhs, rhs).out_avals[0]
 
 
 def _lower(ctx: Any, lhs: Any, rhs: Any, *, problem: ConvProblem, wish: Algorithm | None, platform: str) -> Any:
@@ -150,7 +161,13 @@ def _runner(algorithm: Algorithm, problem: ConvProblem) -> Callable[[jax.Array, 
 
     def run(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         with jax.named_scope(f"jconv.{algorithm.name}"):
-            return algorithm.run(problem, lhs, rhs)
+            out = algorithm.run(problem, lhs, rhs)
+        if out.shape != problem.physical_output_shape or out.dtype != problem.out_dtype:
+            raise AlgorithmError(
+                f"algorithm {algorithm.name!r} gave {out.dtype}{list(out.shape)}, but the convolution's result is "
+                f"{problem.out_dtype}{list(problem.physical_output_shape)}; mend its run()"
+            )
+        return out
 
     run.__name__ = f"jconv_{algorithm.name}"
     return jax.jit(run)
@@ -178,9 +195,8 @@ def _batch(operands: Any, axes: Any, *, problem: ConvProblem, wish: Algorithm | 
     size = lhs.shape[lhs_axis] if lhs_axis is not None else rhs.shape[rhs_axis]
     lhs_spec, rhs_spec, out_spec = problem.layout
     p = problem
-    if isinstance(size, int) and size == 0:
-        shape = tuple(p.output_shape[out_spec.index(axis)] for axis in range(len(out_spec)))
-        return jnp.zeros((0, *shape), p.out_dtype), 0
+    if is_static(size) and size == 0:
+        return jnp.zeros((0, *p.physical_output_shape), p.out_dtype), 0
     if rhs_axis is None and p.batch_groups == 1:
         folded, target = p.replace(lhs_shape=_times(p.lhs_shape, 0, size)), out_spec[0]
         lhs = merge_axis(lhs, lhs_axis, lhs_spec[0])  # pyright: ignore[reportArgumentType]
@@ -188,6 +204,10 @@ def _batch(operands: Any, axes: Any, *, problem: ConvProblem, wish: Algorithm | 
         folded, target = p.replace(rhs_shape=_times(p.rhs_shape, 0, size)), out_spec[1]
         rhs = merge_axis(rhs, rhs_axis, rhs_spec[0])  # pyright: ignore[reportArgumentType]
     else:
+        if not is_static(size):
+            raise ConvError(
+                f"vmap over the kernel of groups, or over both operands, makes {size} groups; their number must be known"
+            )
         lhs = jnp.broadcast_to(lhs, (size, *lhs.shape)) if lhs_axis is None else jnp.moveaxis(lhs, lhs_axis, 0)
         rhs = jnp.broadcast_to(rhs, (size, *rhs.shape)) if rhs_axis is None else jnp.moveaxis(rhs, rhs_axis, 0)
         rhs = merge_axis(rhs, 0, rhs_spec[0])
@@ -205,11 +225,40 @@ def _batch(operands: Any, axes: Any, *, problem: ConvProblem, wish: Algorithm | 
 batching.primitive_batchers[conv_p] = _batch
 
 
+def _jet(primals: Any, series: Any, *, problem: ConvProblem, wish: Algorithm | None) -> Any:
+    """Leibniz: the k-th derivative of lhs * rhs is the sum over i of binomial(k, i) lhs^(i) * rhs^(k - i)."""
+    lhs, rhs = ([primal, *terms] for primal, terms in zip(primals, series, strict=True))
+    first, *rest = (
+        functools.reduce(jnp.add, (comb(k, i) * _bind(lhs[i], rhs[k - i], problem, wish) for i in range(k + 1)))
+        for k in range(len(lhs))
+    )
+    return first, rest
+
+
+jet.jet_rules[conv_p] = _jet
+
+
+def dots_saveable(prim: Any, *args: Any, **params: Any) -> bool:
+    """:func:`jax.checkpoint_policies.dots_saveable`, which knows jconv's convolutions too.
+
+    >>> f = jax.checkpoint(lambda x: jnp.sin(x), policy=dots_saveable)
+    >>> float(jax.grad(f)(0.0))
+    1.0
+    """
+    return prim is conv_p or jax.checkpoint_policies.dots_saveable(prim, *args, **params)
+
+
 # The same rules by public API alone.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _custom(lhs: jax.Array, rhs: jax.Array, problem: ConvProblem, wish: Algorithm | None) -> jax.Array:
+    if _explicit_sharding(jax.typeof(lhs)) is not None:
+        return _in_explicit_mesh(lhs, rhs, problem, wish)
+    return _by_platform(lhs, rhs, problem=problem, wish=wish)
+
+
+def _by_platform(lhs: jax.Array, rhs: jax.Array, *, problem: ConvProblem, wish: Algorithm | None) -> jax.Array:
     with jax.named_scope("jconv"):
         on_cpu, elsewhere = choose(problem, wish, "cpu"), choose(problem, wish, "default")
         if on_cpu == elsewhere:
@@ -224,7 +273,16 @@ def _custom_forward(lhs: Any, rhs: Any, problem: ConvProblem, wish: Algorithm | 
 def _custom_backward(problem: ConvProblem, wish: Algorithm | None, operands: Any, grad: Any) -> Any:
     lhs, rhs = operands
     bind = functools.partial(_custom, wish=wish)
-    return _input_rule(bind, grad, rhs, problem), _weight_rule(bind, lhs, grad, problem)
+    to_lhs, to_rhs = (_explicit_sharding(jax.typeof(x)) for x in operands)
+    return _input_rule(bind, grad, rhs, problem, to_lhs), _weight_rule(bind, lhs, grad, problem, to_rhs)
+
+
+def _in_explicit_mesh(lhs: jax.Array, rhs: jax.Array, problem: ConvProblem, wish: Algorithm | None) -> jax.Array:
+    """The algorithm with its shardings left to the partitioner; the result's is the one that lax gives it."""
+    result = _lax_type(jax.typeof(lhs), jax.typeof(rhs), problem)
+    inner = functools.partial(_by_platform, problem=problem.replace(out_sharding=None), wish=wish)
+    automatic: Any = jax.sharding.auto_axes
+    return automatic(inner, out_sharding=result.sharding)(lhs, rhs)
 
 
 _custom.defvjp(_custom_forward, _custom_backward)

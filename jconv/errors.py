@@ -2,7 +2,7 @@
 
 
 class ConvError(ValueError):
-    """An argument that no convolution can serve. Base class of every error that jconv raises."""
+    """An argument that no convolution can serve. Base class of jconv's own errors."""
 
 
 class ConvTypeError(ConvError, TypeError):

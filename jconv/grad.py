@@ -10,7 +10,7 @@ import jax
 from jconv.convolve import AlgorithmLike, Autodiff, as_operand, input_gradient, weight_gradient
 from jconv.errors import ConvError
 from jconv.functional.arguments import check_dtypes, padding_pairs, per_axis
-from jconv.problem import ConvProblem, integer
+from jconv.problem import ConvProblem, entries, integer, is_static
 
 
 def conv1d_input(
@@ -182,10 +182,8 @@ def _weight(
 
 
 def _shape(name: str, size: Any, n: int) -> tuple[int, ...]:
-    shape = tuple(integer(f"{name}[{i}]", s, 0) for i, s in enumerate(size))
-    if len(shape) != n + 2:
-        raise ConvError(f"{name} must have {n + 2} entries, got {shape}")
-    return shape
+    sizes = entries(name, size, n + 2)
+    return tuple(integer(f"{name}[{i}]", s, 0) if is_static(s) else s for i, s in enumerate(sizes))
 
 
 def _forward(

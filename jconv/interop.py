@@ -291,6 +291,10 @@ def _kind_by_rank(rank: int) -> str:
 def _kind_lookup(kinds: Mapping[str, str] | None, layers: Iterable[str]) -> Callable[[str], str | None]:
     """The kind that the caller gave to a layer, by its name; checks that every pattern is of use."""
     layers = set(layers)
+    if kinds is not None and not isinstance(kinds, Mapping):
+        raise StateDictError(
+            f"kinds must map patterns of layer names to kinds, got {kinds!r}; write {{'up': 'conv_transpose'}}."
+        )
     for pattern, kind in (kinds or {}).items():
         if kind not in _KINDS and not re.fullmatch(r"conv_transpose:[1-9]\d*", str(kind)):
             raise StateDictError(f"kinds[{pattern!r}] is {kind!r}, expected one of {', '.join(_KINDS)}.")
@@ -471,6 +475,8 @@ def _as_numpy(name: str, value: Any) -> np.ndarray:
 def _renamed(names: Iterable[str], rename: _Rename | None) -> dict[str, str]:
     """From new name to old name."""
     names = list(names)
+    if rename is not None and not callable(rename) and not isinstance(rename, Mapping):
+        raise StateDictError(f"rename must be a function or a mapping of names, got {rename!r}.")
     unused = set() if rename is None or callable(rename) else set(rename)
     renamed: dict[str, str] = {}
     for name in names:
@@ -639,6 +645,8 @@ def _like(old: Any, array: np.ndarray) -> Any:
         return array
     import jax
 
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        return array  # 64 bits, which JAX would halve unless jax_enable_x64 is set
     return jax.device_put(array, old.sharding) if getattr(old, "committed", False) else jax.numpy.asarray(array)
 
 

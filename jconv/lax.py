@@ -15,7 +15,7 @@ from jconv.convolve import AlgorithmLike, Autodiff, as_operand, convolve
 from jconv.errors import ConvError, ConvTypeError
 from jconv.planner import Plan
 from jconv.planner import plan as _plan
-from jconv.problem import ConvProblem, dilated
+from jconv.problem import ConvProblem, canonical_precision, dilated, entries, integer, layout_of, positive_tuple
 
 
 def conv_general_dilated(
@@ -107,6 +107,9 @@ def plan(
         lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
         batch_group_count, precision, preferred_element_type, out_sharding,
     )  # fmt: skip
+    platforms = ("cpu", "gpu", "cuda", "rocm", "tpu", jax.default_backend())
+    if platform is not None and platform not in platforms:
+        raise ConvError(f"platform must be one of {', '.join(sorted(set(platforms)))}, got {platform!r}")
     return _plan(problem, jax.default_backend() if platform is None else platform)
 
 
@@ -218,13 +221,13 @@ def conv_transpose(
             )
         dimension_numbers = _CHANNEL_LAST[lhs.ndim]
     n = lhs.ndim - 2
-    layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    layout = layout_of(lhs.shape, rhs.shape, dimension_numbers)
+    strides = positive_tuple("strides", strides, n)
+    holes = positive_tuple("rhs_dilation", (1,) * n if rhs_dilation is None else rhs_dilation, n)
     window = tuple(rhs.shape[d] for d in layout.rhs_spec[2:])
-    holes: Sequence[int] = (1,) * n if rhs_dilation is None else rhs_dilation
     if padding in ("SAME", "VALID") or use_consistent_padding:
-        each = [padding] * n if isinstance(padding, str) else padding
-        extent = dilated(window, holes)
-        padding = tuple(_transposed_padding(k, s, p) for k, s, p in zip(extent, strides, each, strict=True))
+        each = (padding,) * n if isinstance(padding, str) else entries("padding", padding, n)
+        padding = [_transposed_padding(k, s, p) for k, s, p in zip(dilated(window, holes), strides, each, strict=True)]
     if transpose_kernel:
         rhs = jnp.flip(rhs, layout.rhs_spec[2:]).swapaxes(layout.rhs_spec[0], layout.rhs_spec[1])
     return conv_general_dilated(
@@ -267,8 +270,8 @@ def conv_general_dilated_patches(
     (1, 18, 3, 3)
     """
     lhs = as_operand("lhs", lhs)
-    window = tuple(filter_shape)
-    layout = lax.conv_dimension_numbers(lhs.shape, (1, 1, *window), dimension_numbers)
+    window = positive_tuple("filter_shape", filter_shape, max(lhs.ndim - 2, 0))
+    layout = layout_of(lhs.shape, (1, 1, *window), dimension_numbers)
     features, taps = lhs.shape[layout.lhs_spec[1]], prod(window)
     kernel = jnp.tile(jnp.eye(taps, dtype=lhs.dtype).reshape(taps, 1, *window), (features,) + (1,) * (1 + len(window)))
     kernel = kernel.transpose(np.argsort(layout.rhs_spec))
@@ -312,11 +315,13 @@ def conv_general_dilated_local(
     (1, 4, 3)
     """
     lhs, rhs = as_operand("lhs", lhs), as_operand("rhs", rhs)
+    window = positive_tuple("filter_shape", filter_shape, max(lhs.ndim - 2, 0))
+    _, rhs_spec, out_spec = layout_of(lhs.shape, rhs.shape, dimension_numbers)
+    precision = canonical_precision(precision)
     patches = conv_general_dilated_patches(
-        lhs, filter_shape, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
+        lhs, window, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
         precision=precision[0] if isinstance(precision, tuple) else precision, algorithm=algorithm, autodiff=autodiff,
     )  # fmt: skip
-    _, rhs_spec, out_spec = lax.conv_dimension_numbers(lhs.shape, (1, 1, *filter_shape), dimension_numbers)
     pairs = sorted(zip(out_spec[2:], rhs_spec[2:], strict=True))
     for axis, (p, r) in enumerate(zip(out_spec[1:], rhs_spec[1:], strict=True)):
         if patches.shape[p] != rhs.shape[r]:
@@ -337,6 +342,6 @@ def _transposed_padding(extent: int, stride: int, padding: str | tuple[int, int]
     elif padding == "VALID":
         total, low = extent + stride - 2 + max(extent - stride, 0), extent - 1
     else:
-        low, high = (extent - 1 - p for p in padding)  # pyright: ignore[reportOperatorIssue]
+        low, high = (extent - 1 - integer("padding", p, 0) for p in entries("padding of an axis", padding, 2))
         total = low + high
     return low, total - low

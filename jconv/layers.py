@@ -151,7 +151,9 @@ def apply_flax_conv_transpose(
     if circular:
         for axis, stride in enumerate(strides, start=1):
             out = _wrapped(out, axis, inputs.shape[axis] * stride, transpose_kernel)
-    return _restored(out if bias is None else out + bias, batch)
+    if bias is not None:
+        out = out + bias.reshape((1,) * (out.ndim - 1) + bias.shape)
+    return _restored(out, batch)
 
 
 def _window(layer: Layer) -> tuple[int, ...]:

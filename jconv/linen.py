@@ -80,6 +80,13 @@ def _operands(layer: _Conv | _ConvTranspose, inputs: Any) -> tuple[jax.Array, ja
     layers.check_layer(layer, in_channels)
     default_init = layers.torch_init(layer, in_channels)
     shape = layers.kernel_shape(layer, in_channels)
+    if layer.has_variable("params", "kernel"):
+        found = jnp.shape(nn.unbox(layer.get_variable("params", "kernel")))
+        if found != shape:
+            raise ConvError(
+                f"the kernel has shape {found}, but an input of {in_channels} channels needs {shape}; "
+                "initialise the layer again or check data_format"
+            )
     kernel = layer.param("kernel", layer.kernel_init or default_init, shape, layer.param_dtype)
     bias = None
     if layer.bias:

@@ -88,6 +88,8 @@ def resolve(algorithm: Any, problem: ConvProblem) -> Algorithm | None:
         algorithm = named[0]
     if not isinstance(algorithm, Algorithm) or isinstance(algorithm, type):
         raise ConvTypeError(f"algorithm must be a name or an Algorithm, got {algorithm!r}")
+    if type(algorithm).__hash__ is None:
+        raise ConvTypeError(f"algorithm {algorithm.name!r} is not hashable; make its class a dataclass(frozen=True)")
     refusal = algorithm.why_not(problem)
     if refusal is not None:
         able = [a.name for a in ALGORITHMS if a.why_not(problem) is None]

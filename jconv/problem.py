@@ -82,21 +82,21 @@ class ConvProblem:
             raise ConvTypeError(
                 f"lhs and rhs need the same dtype, got {lhs_dtype} and {rhs_dtype}; cast one of them with .astype()"
             )
-        layout = _layout(lhs.shape, rhs.shape, dimension_numbers)
+        layout = layout_of(lhs.shape, rhs.shape, dimension_numbers)
         n = len(layout.rhs_spec) - 2
         lhs_shape = tuple(lhs.shape[d] for d in layout.lhs_spec)
         rhs_shape = tuple(rhs.shape[d] for d in layout.rhs_spec)
         strides = positive_tuple("window_strides", window_strides, n)
         lhs_dil = positive_tuple("lhs_dilation", (1,) * n if lhs_dilation is None else lhs_dilation, n)
         rhs_dil = positive_tuple("rhs_dilation", (1,) * n if rhs_dilation is None else rhs_dilation, n)
-        feature_groups = _positive("feature_group_count", feature_group_count)
-        batch_groups = _positive("batch_group_count", batch_group_count)
+        feature_groups = integer("feature_group_count", feature_group_count, 1)
+        batch_groups = integer("batch_group_count", batch_group_count, 1)
         _check_groups(lhs_shape, rhs_shape, feature_groups, batch_groups)
         pads = _pads(padding, lhs_shape[2:], rhs_shape[2:], strides, lhs_dil, rhs_dil)
         out_dtype = _preferred(lhs_dtype, preferred_element_type)
         problem = cls(
             lhs_shape, rhs_shape, layout, strides, pads, lhs_dil, rhs_dil, feature_groups, batch_groups,
-            lhs_dtype, _precision(precision), out_dtype, out_sharding,
+            lhs_dtype, canonical_precision(precision), out_dtype, _sharding(out_sharding),
         )  # fmt: skip
         for axis, size in enumerate(problem.padded):
             if is_static(size) and size < 0:
@@ -130,6 +130,12 @@ class ConvProblem:
         )
         return (self.lhs_shape[0] // self.batch_groups, self.rhs_shape[0], *spatial)
 
+    @cached_property
+    def physical_output_shape(self) -> tuple[int, ...]:
+        """The shape of the result as it lies in memory."""
+        spec = tuple(self.layout.out_spec)
+        return tuple(self.output_shape[spec.index(axis)] for axis in range(len(spec)))
+
     @property
     def out_dtype(self) -> np.dtype:
         return self.dtype if self.preferred_element_type is None else self.preferred_element_type
@@ -158,6 +164,7 @@ class ConvProblem:
 
     @property
     def is_depthwise(self) -> bool:
+        """True for one input feature a group; its kernel gradient is a problem of another shape."""
         return self.feature_groups > 1 and self.rhs_shape[1] == 1
 
     @property
@@ -202,7 +209,7 @@ def is_static(*dims: Any) -> bool:
 
 def integer(name: str, value: Any, minimum: int) -> int:
     """``value`` as an int of at least ``minimum``; strings, booleans and fractions are refused."""
-    if isinstance(value, bool | np.bool_ | str):
+    if isinstance(value, bool | np.bool_ | str | bytes):
         raise ConvTypeError(f"{name} must be an integer, got {value!r}; write it as a number such as {max(minimum, 1)}")
     try:
         number = operator.index(value)
@@ -215,21 +222,22 @@ def integer(name: str, value: Any, minimum: int) -> int:
     return number
 
 
+def entries(name: str, value: Any, length: int) -> tuple[Any, ...]:
+    """``value`` as a tuple of ``length`` entries; strings, sets and single numbers are refused."""
+    try:
+        found = None if isinstance(value, str | bytes | set | frozenset | dict) else tuple(value)
+    except TypeError:
+        found = None
+    if found is None:
+        raise ConvTypeError(f"{name} must be a sequence of {length} integers, got {value!r}")
+    if len(found) != length:
+        raise ConvError(f"{name} has {len(found)} entries, got {found}, but needs {length}, as the operands' rank says")
+    return found
+
+
 def positive_tuple(name: str, value: Any, length: int) -> tuple[int, ...]:
     """``value`` as a tuple of ``length`` integers of at least 1."""
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
-        raise ConvTypeError(f"{name} must be a sequence of {length} integers, got {value!r}; write {(1,) * length}")
-    numbers = tuple(integer(f"{name}[{i}]", v, 1) for i, v in enumerate(value))
-    if len(numbers) != length:
-        raise ConvError(
-            f"{name} has {len(numbers)} entries, got {numbers}, but the operands have {length} spatial dimensions; "
-            f"give one entry for each"
-        )
-    return numbers
-
-
-def _positive(name: str, value: Any) -> int:
-    return integer(name, value, 1)
+    return tuple(integer(f"{name}[{i}]", v, 1) for i, v in enumerate(entries(name, value, length)))
 
 
 def _x(shape: Sequence[Any]) -> str:
@@ -245,7 +253,8 @@ def _dtype(name: str, operand: Any) -> np.dtype:
     return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
 
 
-def _layout(lhs_shape: Sequence[int], rhs_shape: Sequence[int], numbers: Any) -> Layout:
+def layout_of(lhs_shape: Sequence[int], rhs_shape: Sequence[int], numbers: Any) -> Layout:
+    """``dimension_numbers`` of any form as axes in logical order (batch, features, *spatial)."""
     n = len(lhs_shape)
     if n != len(rhs_shape):
         raise ConvTypeError(
@@ -320,6 +329,8 @@ def _pads(padding: Any, spatial: Any, window: Any, strides: Any, lhs_dilation: A
 
 
 def _pad(value: Any) -> int:
+    if isinstance(value, bool | np.bool_):
+        raise TypeError("a bool is no size")
     return operator.index(value) if is_static(value) else value
 
 
@@ -330,6 +341,13 @@ def _preferred(dtype: np.dtype, preferred: Any) -> np.dtype | None:
         wanted = np.dtype(jax.dtypes.canonicalize_dtype(preferred))
     except TypeError:
         raise ConvTypeError(f"preferred_element_type must be a dtype, got {preferred!r}") from None
+    kinds = {"i": "if", "u": "uf", "f": "f", "c": "c"}
+    kind, wanted_kind = (_kind(d) for d in (dtype, wanted))
+    if wanted_kind not in kinds.get(kind, wanted_kind):
+        raise ConvTypeError(
+            f"preferred_element_type {wanted} cannot hold products of {dtype}: integers go to integers of the same sign "
+            "or to floats, floats to floats, complex to complex"
+        )
     if wanted.itemsize < dtype.itemsize:
         raise ConvTypeError(
             f"preferred_element_type must not be narrower than the operands, got {wanted} for {dtype}; "
@@ -338,7 +356,12 @@ def _preferred(dtype: np.dtype, preferred: Any) -> np.dtype | None:
     return None if wanted == dtype else wanted
 
 
-def _precision(precision: Any) -> Any:
+def _kind(dtype: np.dtype) -> str:
+    """numpy's letter for the kind of a dtype, and ``f`` for bfloat16 and its like, which numpy does not know."""
+    return "f" if jnp.issubdtype(dtype, jnp.floating) else dtype.kind
+
+
+def canonical_precision(precision: Any) -> Any:
     """What lax admits, hashable; None takes ``jax.default_matmul_precision`` as lax does."""
     if precision is None:
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
@@ -347,6 +370,8 @@ def _precision(precision: Any) -> Any:
     if isinstance(precision, str) and precision in lax.DotAlgorithmPreset.__members__:
         return lax.DotAlgorithmPreset[precision]
     try:
+        if isinstance(precision, bool | int):
+            raise TypeError
         if isinstance(precision, tuple | list):
             left, right = precision
             return (lax.Precision(left), lax.Precision(right))
@@ -356,3 +381,9 @@ def _precision(precision: Any) -> Any:
             "precision must be None, a jax.lax.Precision, its name such as 'highest', or a pair of them, "
             f"got {precision!r}"
         ) from None
+
+
+def _sharding(sharding: Any) -> NamedSharding | PartitionSpec | None:
+    if sharding is None or isinstance(sharding, NamedSharding | PartitionSpec):
+        return sharding
+    raise ConvTypeError(f"out_sharding must be None, a NamedSharding or a PartitionSpec, got {sharding!r}")

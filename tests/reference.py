@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from jconv import ConvProblem
+from jconv.problem import dilated
 
 
 def convolve(p: ConvProblem, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
@@ -47,3 +48,14 @@ def _pad(p: ConvProblem, x: np.ndarray) -> np.ndarray:
         width[axis] = (max(low, 0), max(high, 0))
         x = np.pad(x[tuple(crop)], width)
     return x
+
+
+def trimmed(p: ConvProblem) -> ConvProblem:
+    """``p`` without the high padding that no window reaches, which strides can leave over."""
+    o = dilated(p.output_shape[2:], p.strides)
+    return p.replace(
+        padding=tuple(
+            (lo, out + r - 1 - left - lo)
+            for (lo, _), left, r, out in zip(p.padding, p.lhs_extent, p.rhs_extent, o, strict=True)
+        )
+    )

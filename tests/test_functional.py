@@ -408,7 +408,7 @@ def test_errors_of_our_own(options, message):
 @pytest.mark.parametrize(
     "call,message",
     [
-        (lambda: G.conv2d_input((2, 4, 6), W, draw(2, 6, 4, 4)), "input_size must have 4 entries"),
+        (lambda: G.conv2d_input((2, 4, 6), W, draw(2, 6, 4, 4)), "input_size has 3 entries"),
         (lambda: G.conv2d_input((2, 4, 6, 6), W, draw(2, 6, 5, 4)), r"shape \(2, 6, 4, 4\) of the convolution's result, got \(2, 6, 5, 4\)"),
         (lambda: G.conv2d_weight(X, (6, 4, 3, 3), draw(2, 6, 4, 4).astype(np.float32)), "grad_output needs the input's dtype"),
         (lambda: G.conv2d_weight(X, (6, 3, 3, 3), draw(2, 6, 4, 4)), "rhs needs 4 input features, got 3"),

@@ -10,7 +10,7 @@ from tolerances import assert_close, bfloat16
 
 import jconv
 from jconv import ALGORITHMS
-from jconv.adjoint import input_problem, trimmed, weight_problem
+from jconv.adjoint import input_problem, weight_problem
 from jconv.convolve import input_gradient, weight_gradient
 from jconv.planner import plan
 
@@ -110,8 +110,8 @@ def test_involution(case):
     problem = case.problem()
     if 0 in problem.output_shape or problem.batch_groups > 1:
         pytest.skip("an empty output forgets the geometry; batch groups come back as feature groups")
-    assert input_problem(input_problem(problem)) == trimmed(problem)
-    assert weight_problem(weight_problem(problem)) == trimmed(problem)
+    assert input_problem(input_problem(problem)) == reference.trimmed(problem)
+    assert weight_problem(weight_problem(problem)) == reference.trimmed(problem)
 
 
 @each_case
@@ -149,6 +149,32 @@ def test_refused_never_runs():
         jconv.conv_general_dilated(x, w, **case.arguments, algorithm="winogrand")
     with pytest.raises(jconv.ConvTypeError, match="a name or an Algorithm, got 3"):
         jconv.conv_general_dilated(x, w, **case.arguments, algorithm=3)
+
+
+def test_a_faulty_algorithm_is_named():
+    from dataclasses import dataclass
+
+    case = next(c for c in CASES if c.name == "dense_2d:same")
+    x, w = case.operands(np.float32)
+
+    class Base:
+        name = "mine"
+
+        def why_not(self, problem):
+            return None
+
+        def cost(self, problem, device):
+            return jconv.Cost(0, 0, 0, 1000)
+
+        def run(self, problem, lhs, rhs):
+            return lhs
+
+    with pytest.raises(jconv.AlgorithmError, match=r"'mine' gave float32\[2, 7, 8, 3\], but.*float32\[2, 7, 8, 4\]"):
+        jconv.conv_general_dilated(x, w, **case.arguments, algorithm=dataclass(frozen=True)(Base)())
+    with pytest.raises(jconv.ConvTypeError, match="not hashable.*frozen=True"):
+        jconv.conv_general_dilated(
+            x, w, **case.arguments, algorithm=dataclass(type("Mine", (Base,), {"__hash__": None}))()
+        )
 
 
 def test_a_foreign_algorithm_runs():

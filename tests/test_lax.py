@@ -173,7 +173,7 @@ BAD = {
     "rank": ((X[0], W, (1, 1), "SAME"), {}, r"same number of dimensions, got shapes \(7, 8, 4\) and \(3, 3, 4, 6\)"),
     "layout": ((X, W, (1, 1), "SAME"), {"dimension_numbers": ("NHWC", "HWIO", "NHWX")}, "dimension_numbers"),
     "layout_kind": ((X, W, (1, 1), "SAME"), {"dimension_numbers": "NHWC"}, "dimension_numbers"),
-    "strides": ((X, W, (1,), "SAME"), {}, "window_strides has 1 entries.*2 spatial dimensions"),
+    "strides": ((X, W, (1,), "SAME"), {}, "window_strides has 1 entries.*needs 2"),
     "pads": ((X, W, (1, 1), [(1, 1)]), {}, "padding has 1 pairs.*2 spatial dimensions"),
     "pad_kind": ((X, W, (1, 1), 1), {}, r"padding must be 'SAME'.*\(low, high\) pairs of integers, got 1"),
     "pad_fraction": ((X, W, (1, 1), [(0.5, 1), (0, 0)]), {}, "pairs of integers"),
@@ -221,6 +221,49 @@ def test_nonsense_is_named(change, message):
     arguments = {"lhs": X, "rhs": W, "window_strides": (1, 1), "padding": "SAME", "dimension_numbers": NHWC, **change}
     with pytest.raises(jconv.ConvError, match=message):
         jconv.conv_general_dilated(**arguments)
+
+
+X4, K4 = np.ones((1, 4, 4, 2), np.float32), np.ones((3, 3, 2, 5), np.float32)
+UNFIT = {
+    "strides": lambda: jconv.conv_transpose(X4, K4, 5, "SAME"),
+    "strides_none": lambda: jconv.conv_transpose(X4, K4, None, "SAME"),
+    "strides_short": lambda: jconv.conv_transpose(X4, K4, (1,), "SAME"),
+    "strides_words": lambda: jconv.conv_transpose(X4, K4, ("a", "b"), "SAME"),
+    "strides_set": lambda: jconv.conv_general_dilated(X, W, {2, 1}, "SAME", dimension_numbers=NHWC),
+    "strides_array": lambda: jconv.conv_general_dilated(X, W, jnp.ones(()), "SAME", dimension_numbers=NHWC),
+    "dilation": lambda: jconv.conv_transpose(X4, K4, (1, 1), "SAME", rhs_dilation=2),
+    "padding_word": lambda: jconv.conv_transpose(X4, K4, (1, 1), "nonsense", use_consistent_padding=True),
+    "padding_number": lambda: jconv.conv_transpose(X4, K4, (1, 1), 5, use_consistent_padding=True),
+    "padding_uneven": lambda: jconv.conv_transpose(X4, K4, (1, 1), ((1, 2), (3,)), use_consistent_padding=True),
+    "padding_bools": lambda: jconv.conv_general_dilated(X, W, (1, 1), [(True, True)] * 2, dimension_numbers=NHWC),
+    "layout": lambda: jconv.conv_transpose(X4, K4, (1, 1), "SAME", dimension_numbers="nonsense"),
+    "patches_layout": lambda: jconv.conv_general_dilated_patches(X4, (2, 2), (1, 1), "SAME", dimension_numbers="x"),
+    "patches_shape": lambda: jconv.conv_general_dilated_patches(X4, 5, (1, 1), "SAME"),
+    "patches_short": lambda: jconv.conv_general_dilated_patches(X4, (1,), (1, 1), "SAME"),
+    "patches_fraction": lambda: jconv.conv_general_dilated_patches(X4, (1.5, 2), (1, 1), "SAME"),
+    "patches_rank": lambda: jconv.conv_general_dilated_patches(np.ones(3), (), (), "SAME"),
+    "local_rank": lambda: jconv.conv_general_dilated_local(X4, np.ones(3), (1, 1), "VALID", (2, 2)),
+    "local_precision": lambda: jconv.conv_general_dilated_local(X4, K4, (1, 1), "VALID", (2, 2), precision=()),
+    "precision_bool": lambda: jconv.conv_general_dilated(X, W, (1, 1), "SAME", dimension_numbers=NHWC, precision=True),
+    "sharding": lambda: jconv.conv_general_dilated(X, W, (1, 1), "SAME", dimension_numbers=NHWC, out_sharding="a"),
+    "to_integers": lambda: jconv.plan(X, W, (1, 1), "SAME", dimension_numbers=NHWC, preferred_element_type=np.int32),
+    "to_complex": lambda: jconv.plan(X, W, (1, 1), "SAME", dimension_numbers=NHWC, preferred_element_type=np.complex64),
+    "platform": lambda: jconv.plan(X, W, (1, 1), "SAME", dimension_numbers=NHWC, platform="cpuu"),
+    "gradient_size": lambda: jconv.grad.conv2d_input(5, K4, X4),
+    "pad_value": lambda: jconv.functional.pad(X, (1, 1), value="nonsense"),
+    "pad_mode": lambda: jconv.functional.pad(X, (1, 1), mode=[]),
+    "bytes": lambda: jconv.functional.conv2d(X, X, stride=b"x"),
+    "bool_input": lambda: jconv.functional.conv1d(np.ones((1, 1, 3), bool), np.ones((1, 1, 1), bool)),
+    "no_output_channels": lambda: jconv.functional.conv1d(np.ones((1, 1, 3)), np.ones((0, 1, 1))),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_nonsense_everywhere(name):
+    """These once came as errors from five calls down."""
+    with pytest.raises(jconv.ConvError) as caught:
+        UNFIT[name]()
+    assert len(str(caught.value)) > 20
 
 
 def test_plan_speaks():

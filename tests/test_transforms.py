@@ -223,6 +223,64 @@ def test_kernel_gradient_is_one_dot_for_each_output_position():
     assert text.count("stablehlo.dot_general") == 9
 
 
+def test_remat_saves_convolutions():
+    """dots_saveable does not know the primitive, jconv.dots_saveable does: nothing is computed twice."""
+
+    def count(implementation, policy, word):
+        f = jax.checkpoint(lambda x, w: jnp.sin(conv(implementation, jnp.sin(x), w)).sum(), policy=policy)
+        return str(jax.make_jaxpr(jax.grad(f))(X, W)).count(word)
+
+    lax_count = count(lax.conv_general_dilated, jax.checkpoint_policies.dots_saveable, "= conv_general_dilated[")
+    assert count(jconv.conv_general_dilated, jconv.dots_saveable, "= jconv[") == lax_count == 2
+    check(*both(remat(jconv.dots_saveable)))
+
+
+def test_jet():
+    from jax.experimental.jet import jet
+
+    for run in (
+        lambda c, x, w: jet(lambda x: jnp.sin(c(x, w)), (x,), ((DX, DX, x),)),
+        lambda c, x, w: jet(c, (x, w), ((DX, x), (DW, w))),
+    ):
+        check(*both(run))
+
+
+@pytest.mark.parametrize("autodiff", ("primitive", "custom_vjp"))
+@pytest.mark.parametrize("jit", (True, False))
+def test_debug_nans(autodiff, jit):
+    """JAX replays what gave a NaN operation by operation, which must not come back to the primitive."""
+    f = lambda x: conv(functools.partial(jconv.conv_general_dilated, autodiff=autodiff), x, W)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        (jax.jit(f) if jit else f)(X * np.inf)
+
+
+@pytest.mark.parametrize("groups", (1, 2, 4))
+@pytest.mark.parametrize("algorithm", ("im2col", "xla"))
+def test_no_rank_promotion(groups, algorithm):
+    x, w = arrays((2, 6, 5, 4), (3, 2, 4 // groups, 8))
+    with jax.numpy_rank_promotion("raise"):
+        jax.grad(lambda x, w: jconv.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=groups, algorithm=algorithm
+        ).sum(), (0, 1))(x, w)  # fmt: skip
+
+
+def test_gradients_keep_weak_types():
+    x, w = jnp.full((1, 2, 5, 5), 1.0), jnp.full((2, 2, 3, 3), 2.0)
+    for argument in (0, 1):
+        ours, theirs = (
+            jax.grad(lambda *a, f=f: f(*a, (1, 1), "SAME").sum(), argument)(x, w)
+            for f in (jconv.conv_general_dilated, lax.conv_general_dilated)
+        )
+        assert (ours.weak_type, ours.dtype) == (theirs.weak_type, theirs.dtype)
+
+
+def test_vmap_of_unknown_size_over_groups():
+    (n,) = jax.export.symbolic_shape("n")
+    shapes = [jax.ShapeDtypeStruct((n, *a.shape), a.dtype) for a in (X, W)]
+    with pytest.raises(jconv.ConvError, match="their number must be known"):
+        exported(lambda x, w: jax.vmap(functools.partial(conv, jconv.conv_general_dilated))(x, w), *shapes)
+
+
 def test_disable_jit():
     with jax.disable_jit():
         check(*both(TRANSFORMS["grad_both"], algorithm="im2col"))
@@ -316,11 +374,12 @@ def test_automatic_partitioning(algorithm, groups, spec):
     check(jax.jit(f)(xs, w), jax.jit(grad_of(partitioned(lax.conv_general_dilated, groups)))(x, w))
 
 
+@pytest.mark.parametrize("autodiff", ("primitive", "custom_vjp"))
 @pytest.mark.parametrize("algorithm,groups", ALGORITHM_AND_GROUPS)
-def test_explicit_mesh(algorithm, groups):
+def test_explicit_mesh(algorithm, groups, autodiff):
     """Shardings are part of the types: those of lax's result and gradients, and one device's numbers."""
     x, w = arrays((8, 6, 5, 4), (3, 2, 4 // groups, 6))
-    ours = partitioned(functools.partial(jconv.conv_general_dilated, algorithm=algorithm), groups)
+    ours = partitioned(functools.partial(jconv.conv_general_dilated, algorithm=algorithm, autodiff=autodiff), groups)
     theirs = partitioned(lax.conv_general_dilated, groups)
 
     def run(f, x, w):

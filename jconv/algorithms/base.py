@@ -34,7 +34,8 @@ class Cost:
 
 @runtime_checkable
 class Algorithm(Protocol):
-    """One way to compute a convolution: a frozen dataclass, so that it is hashable and comparable."""
+    """One way to compute a convolution: a frozen dataclass, hashable and compared by value, without arrays
+    inside, since it is a key of JAX's caches."""
 
     @property
     def name(self) -> str:
@@ -84,3 +85,21 @@ def pad_and_dilate(problem: ConvProblem, lhs: jax.Array, spatial_axes: Sequence[
 def inverse(spec: Sequence[int]) -> tuple[int, ...]:
     """The permutation that brings logical order (batch, features, *spatial) into the layout ``spec``."""
     return tuple(spec.index(axis) for axis in range(len(spec)))
+
+
+def lax_convolution(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """The problem in lax's own words."""
+    return lax.conv_general_dilated(
+        lhs,
+        rhs,
+        window_strides=problem.strides,
+        padding=problem.padding,
+        lhs_dilation=problem.lhs_dilation,
+        rhs_dilation=problem.rhs_dilation,
+        dimension_numbers=problem.layout,
+        feature_group_count=problem.feature_groups,
+        batch_group_count=problem.batch_groups,
+        precision=problem.precision,
+        preferred_element_type=problem.preferred_element_type,
+        out_sharding=problem.out_sharding,
+    )

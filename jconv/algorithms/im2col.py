@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jconv.adjoint import split_axis
 from jconv.algorithms.base import Cost, inverse, operand_bytes, pad_and_dilate, refuse_unsized
 from jconv.device import Device
 from jconv.problem import ConvProblem
@@ -90,7 +91,7 @@ def _by_column(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Arra
     options = {"precision": problem.precision, "preferred_element_type": problem.preferred_element_type}
     if _elementwise(problem):
         wide = _accumulator(problem)
-        kernel = w.reshape(len(taps), groups, -1).astype(wide)
+        kernel = w.reshape(len(taps), *(1,) * (n + 1), groups, -1).astype(wide)
         terms = [tap[..., None].astype(wide) * k for tap, k in zip(taps, kernel, strict=True)]
         y = (
             functools.reduce(operator.add, terms)
@@ -118,7 +119,7 @@ def _by_position(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Ar
     x = pad_and_dilate(problem, lhs, tuple(spatial))
     grouped_axis = batch_axis if problem.batch_groups > 1 else feature_axis
     reach = tuple((k - 1) * d + 1 for k, d in zip(problem.window, problem.rhs_dilation, strict=True))
-    w = rhs.reshape(_split(rhs.shape, out_axis, groups)) if groups > 1 else rhs
+    w = split_axis(rhs, out_axis, groups) if groups > 1 else rhs
     options = {"precision": problem.precision, "preferred_element_type": problem.preferred_element_type}
     products = []
     for position in np.ndindex(*problem.output_shape[2:]):
@@ -135,7 +136,7 @@ def _by_position(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Ar
             axes = ((feature_axis, *spatial), (in_axis, *window))
             products.append(lax.dot_general(part, w, (axes, ((), ())), **options))
             continue
-        part = part.reshape(_split(part.shape, grouped_axis, groups))
+        part = split_axis(part, grouped_axis, groups)
         x_contract = tuple(_moved(a, grouped_axis) for a in (feature_axis, *spatial))
         w_contract = tuple(_moved(a, out_axis) for a in (in_axis, *window))
         product = lax.dot_general(part, w, ((x_contract, w_contract), ((grouped_axis,), (out_axis,))), **options)
@@ -149,7 +150,7 @@ def _elementwise(problem: ConvProblem) -> bool:
     """Depthwise: forward and input gradient with one feature a group, kernel gradient with one of each."""
     if problem.is_weight_gradient:
         return problem.batch_groups > 1 and problem.output_shape[0] == 1 and problem.rhs_shape[0] == problem.groups
-    return problem.feature_groups > 1 and problem.rhs_shape[1] == 1
+    return problem.is_depthwise
 
 
 def _summed_product(problem: ConvProblem, part: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -166,10 +167,6 @@ def _accumulator(problem: ConvProblem) -> np.dtype:
     """Where sums are written out, 16-bit floats are summed in 32 bits, as a product of matrices does."""
     narrow = jnp.issubdtype(problem.dtype, jnp.floating) and problem.out_dtype.itemsize == 2
     return np.dtype(np.float32) if narrow else problem.out_dtype
-
-
-def _split(shape: tuple[int, ...], axis: int, groups: int) -> tuple[int, ...]:
-    return (*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :])
 
 
 def _moved(axis: int, split: int) -> int:

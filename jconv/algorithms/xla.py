@@ -7,9 +7,8 @@ from math import prod
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jconv.algorithms.base import Cost, inverse, operand_bytes
+from jconv.algorithms.base import Cost, lax_convolution, operand_bytes
 from jconv.device import Device
 from jconv.problem import ConvProblem
 
@@ -31,27 +30,8 @@ class Xla:
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         if problem.is_empty:
             # XLA refuses a window without elements, which the kernel gradient of an empty output has.
-            shape = tuple(problem.output_shape[i] for i in inverse(problem.layout.out_spec))
-            return jnp.zeros(shape, problem.out_dtype)
-        return convolution(problem, lhs, rhs)
-
-
-def convolution(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """The problem in lax's own words."""
-    return lax.conv_general_dilated(
-        lhs,
-        rhs,
-        window_strides=problem.strides,
-        padding=problem.padding,
-        lhs_dilation=problem.lhs_dilation,
-        rhs_dilation=problem.rhs_dilation,
-        dimension_numbers=problem.layout,
-        feature_group_count=problem.feature_groups,
-        batch_group_count=problem.batch_groups,
-        precision=problem.precision,
-        preferred_element_type=problem.preferred_element_type,
-        out_sharding=problem.out_sharding,
-    )
+            return jnp.zeros(problem.physical_output_shape, problem.out_dtype)
+        return lax_convolution(problem, lhs, rhs)
 
 
 def _cpu_efficiency(problem: ConvProblem) -> int:

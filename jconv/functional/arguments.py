@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from jconv.errors import ConvError, ConvTypeError
 from jconv.problem import integer
 
 
 def per_axis(name: str, value: Any, n: int, minimum: int) -> tuple[int, ...]:
     """An int, a sequence of one int, or a sequence of ``n`` ints of at least ``minimum``, as ``n`` ints."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
         return (integer(name, value, minimum),) * n
     numbers = tuple(integer(f"{name}[{i}]", v, minimum) for i, v in enumerate(value))
     if len(numbers) == 1:
@@ -46,7 +48,9 @@ def padding_pairs(
 
 
 def check_dtypes(input: Any, **others: Any) -> None:
-    """Every operand that is given has the input's dtype, as PyTorch demands."""
+    """Every operand that is given has the input's dtype, as PyTorch demands, and that is not bool."""
+    if input.dtype == bool:
+        raise ConvTypeError("input must hold numbers, got bool; cast it with .astype()")
     for name, other in others.items():
         if other is not None and other.dtype != input.dtype:
             raise ConvTypeError(

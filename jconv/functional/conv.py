@@ -244,6 +244,7 @@ def convolution(
     _check_bias(bias, out_features)
     check_dtypes(input, weight=kernel, bias=bias)
     sizes = _spatial(input.shape, data_format)
+    _check_not_empty(input, kernel)
     extent = dilated(window, dilation)
     for size, reach, (low, high) in zip(sizes, extent, pads, strict=True):
         if is_static(size) and size + low + high < reach:
@@ -300,6 +301,7 @@ def transposed_convolution(
     _check_channels(input, data_format, kernel.shape[kernel_format.index("I")] * groups, groups, kernel)
     _check_bias(bias, out_features)
     check_dtypes(input, weight=kernel, bias=bias)
+    _check_not_empty(input, kernel)
     extent = dilated(window, dilation)
     inner = [(r - 1 - low, r - 1 - high + e) for r, (low, high), e in zip(extent, pads, extra, strict=True)]
     sizes = _spatial(input.shape, data_format)
@@ -389,6 +391,14 @@ def _check_channels(input: jax.Array, data_format: str, expected: int, groups: i
         raise ConvError(
             f"input has {channels} channels (shape {input.shape} as {data_format}), but weight of shape {kernel.shape} "
             f"with groups={groups} expects {expected}; check groups and data_format"
+        )
+
+
+def _check_not_empty(input: jax.Array, kernel: jax.Array) -> None:
+    """torch's rule: a batch or the input channels may be empty, nothing else."""
+    if 0 in kernel.shape[:] and not (kernel.shape.count(0) == 1 and 0 in input.shape):
+        raise ConvError(
+            f"weight has an empty axis, got shape {kernel.shape}; only a batch or input channels may be empty"
         )
 
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from jconv.convolve import as_operand
 from jconv.errors import ConvError, ConvTypeError
-from jconv.problem import integer
+from jconv.problem import integer, is_static
 
 _ANY = -(2**62)
 
@@ -48,7 +48,7 @@ def pad(input: Any, pad: Sequence[int], mode: str = "constant", value: float | N
     pairs = {x.ndim - 1 - i: (numbers[2 * i], numbers[2 * i + 1]) for i in range(axes)}
     if mode == "constant":
         return _constant(x, pairs, 0 if value is None else value)
-    if mode not in _MODES:
+    if not isinstance(mode, str) or mode not in _MODES:
         raise ConvError(f"mode must be 'constant', 'reflect', 'replicate' or 'circular', got {mode!r}")
     if value is not None and value != 0:
         raise ConvError(f"mode {mode!r} takes no value, got {value!r}; leave it out or use mode='constant'")
@@ -76,12 +76,16 @@ def _constant(x: jax.Array, pairs: dict[int, tuple[int, int]], value: Any) -> ja
         if x.shape[axis] + low + high < 0:
             raise ConvError(f"pad {(low, high)} crops more than axis {axis} has: {x.shape[axis]} elements")
     config = [(*pairs.get(axis, (0, 0)), 0) for axis in range(x.ndim)]
-    return lax.pad(x, jnp.asarray(value, x.dtype), config)
+    try:
+        fill = jnp.asarray(value, x.dtype).reshape(())
+    except (TypeError, ValueError):
+        raise ConvTypeError(f"value must be a number that {x.dtype} can hold, got {value!r}") from None
+    return lax.pad(x, fill, config)
 
 
 def _reflect(x: jax.Array, axis: int, low: int, high: int) -> jax.Array:
     size = x.shape[axis]
-    if max(low, high) >= size:
+    if is_static(size) and max(low, high) >= size:
         raise ConvError(f"reflect padding {(low, high)} must be smaller than axis {axis} of the input: {size} elements")
     before = lax.rev(lax.slice_in_dim(x, 1, 1 + max(low, 0), axis=axis), (axis,))
     after = lax.rev(lax.slice_in_dim(x, size - 1 - max(high, 0), size - 1, axis=axis), (axis,))
