@@ -7,7 +7,7 @@ IMAGE ?=
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/python examples/port_pretrained.py $(if $(IMAGE),--image "$(IMAGE)")
+	$(BIN)/python examples/port_pretrained.py $(if $(IMAGE),--image "$$IMAGE")
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal

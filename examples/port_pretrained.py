@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,14 +26,15 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+import jconv
 from jconv import Plan, interop
-from jconv.planner import plan
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 CLASSES = Path(__file__).with_name("imagenet_classes.txt").read_text().splitlines()
 RUNS = 15
+GRADIENT = "d logit / d image"
 
 
 def main(
@@ -68,17 +70,17 @@ def main(
 
     probabilities = np.asarray(jax.nn.softmax(stages["logits"][0]))
     best = np.argsort(probabilities)[::-1][:5]
-    console.print(classes_table(probabilities, best))
-    console.print(plans_table(list(plans(ours, x))))
-    ratio = latencies["stock"] / latencies["jconv"]
-    console.print(
-        f"Latency of one image: {latencies['jconv']:.1f} ms with jconv, {latencies['stock']:.1f} ms on stock Flax layers "
-        f"({ratio:.1f} times; medians of {RUNS} interleaved runs on {jax.default_backend()})"
-    )
+    console.print(plans_table(jconv.plans(ours, x)))
     if importlib.util.find_spec("torch"):
         console.print(parity_table(ours, weights, x, int(best[0])))
     else:
-        console.print("PyTorch is not installed: the parity table is left out (pip install torch to see it).")
+        console.print("PyTorch is not installed: no parity table. To see it:", f"{sys.executable} -m pip install torch")
+    console.print(classes_table(probabilities, best))
+    ratio = latencies["stock"] / latencies["jconv"]
+    console.print(
+        f"One image takes {latencies['jconv']:.1f} ms with jconv, {latencies['stock']:.1f} ms on stock Flax layers: "
+        f"{ratio:.1f} times\n(medians of {RUNS} interleaved runs on {jax.default_backend()})"
+    )
     draw(pixels, probabilities, best, stages, output)
     console.print(f"Picture: {output}", soft_wrap=True)
 
@@ -95,7 +97,9 @@ def read_photo(path: Path | None) -> Image.Image:
         return Image.fromarray(skimage.data.chelsea())
     try:
         with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            return as_rgb(ImageOps.exif_transpose(opened))
+    except IsADirectoryError:
+        raise ValueError(f"--image {path}: this is a folder; give the path of a photograph") from None
     except FileNotFoundError:
         raise ValueError(f"--image {path}: there is no such file; give the path of a photograph") from None
     except Image.UnidentifiedImageError:
@@ -104,13 +108,24 @@ def read_photo(path: Path | None) -> Image.Image:
         raise ValueError(f"--image {path}: the image cannot be read ({error}); give another file") from None
 
 
+def as_rgb(photo: Image.Image) -> Image.Image:
+    """Eight bits a channel, with what is transparent on white."""
+    if photo.mode.startswith("I") or photo.mode == "F":
+        values = np.asarray(photo, np.float64)
+        low, high = values.min(), values.max()
+        photo = Image.fromarray((255 * (values - low) / max(high - low, 1e-12)).astype(np.uint8))
+    if "transparency" in photo.info or photo.mode in ("RGBA", "LA", "PA"):
+        photo = photo.convert("RGBA")
+        photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
+    return photo.convert("RGB")
+
+
 def crop(photo: Image.Image) -> np.ndarray:
-    """The middle 7/8 of the photograph's shorter side, as IMAGE_SIZE x IMAGE_SIZE pixels."""
-    scale = IMAGE_SIZE / 0.875 / min(photo.size)
-    width, height = (max(IMAGE_SIZE, round(side * scale)) for side in photo.size)
-    left, top = (width - IMAGE_SIZE) // 2, (height - IMAGE_SIZE) // 2
-    resized = photo.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(resized.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE)))
+    """The middle square of 7/8 of the photograph's shorter side, as IMAGE_SIZE x IMAGE_SIZE pixels."""
+    side = 0.875 * min(photo.size)
+    left, top = ((size - side) / 2 for size in photo.size)
+    square = (left, top, left + side, top + side)
+    return np.asarray(photo.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC, box=square))
 
 
 def weights_file() -> str:
@@ -118,7 +133,8 @@ def weights_file() -> str:
 
 
 def ported(conv: Callable[..., nnx.Module], weights: dict[str, np.ndarray]) -> EfficientNetLite0:
-    return interop.load_torch(EfficientNetLite0(conv, rngs=nnx.Rngs(0)), weights)
+    """The network in shapes alone, filled with the weights: no initial value is ever drawn."""
+    return interop.load_torch(nnx.eval_shape(lambda: EfficientNetLite0(conv, rngs=nnx.Rngs(0))), weights)
 
 
 def compiled(model: EfficientNetLite0, x: jax.Array) -> Callable[[], dict[str, jax.Array]]:
@@ -137,19 +153,6 @@ def interleaved_medians(programs: dict[str, Callable[[], Any]]) -> dict[str, flo
             program()
             times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def plans(model: EfficientNetLite0, x: jax.Array) -> Iterator[Plan]:
-    """The plan of every convolution in the network, in order, read off its jaxpr."""
-    graph, state = nnx.split(model)
-    jaxpr = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, x)
-    pending = list(jaxpr.eqns)
-    while pending:
-        equation = pending.pop(0)
-        if equation.primitive.name == "jconv":
-            yield plan(equation.params["problem"], jax.default_backend())
-        inner = [p for p in equation.params.values() if hasattr(p, "eqns")]
-        pending = [e for p in inner for e in p.eqns] + pending
 
 
 def classes_table(probabilities: np.ndarray, best: np.ndarray) -> Table:
@@ -185,28 +188,28 @@ def parity_table(model: EfficientNetLite0, weights: dict[str, np.ndarray], x: ja
     """The largest difference from PyTorch over PyTorch's largest value, after each stage and for the gradient."""
     import torch
 
-    tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
-    image = torch.from_numpy(np.array(x).transpose(0, 3, 1, 2)).requires_grad_()
-    reference = efficientnet_lite0.torch_stages(tensors, image)
-    reference["logits"][0, label].backward()
-    graph, state = nnx.split(model)
-    stages = jax.jit(lambda x: nnx.merge(graph, state).stages(x))(x)
-    gradient = jax.jit(jax.grad(lambda x: nnx.merge(graph, state)(x)[0, label]))(x)
+    def reference(dtype: Any) -> dict[str, np.ndarray]:
+        tensors = {name: torch.from_numpy(value).to(dtype) for name, value in weights.items()}
+        image = torch.from_numpy(np.array(x).transpose(0, 3, 1, 2)).to(dtype).requires_grad_()
+        out = efficientnet_lite0.torch_stages(tensors, image)
+        arrays = {name: t.detach().numpy() for name, t in out.items()}
+        return arrays | {GRADIENT: torch.autograd.grad(out["logits"][0, label], image)[0].numpy()}
 
-    table = Table("stage", "difference", "of the largest", "relative", title=f"Against PyTorch {torch.__version__}")
+    graph, state = nnx.split(model)
+    ours = dict(jax.jit(lambda x: nnx.merge(graph, state).stages(x))(x))
+    ours[GRADIENT] = jax.jit(jax.grad(lambda x: nnx.merge(graph, state)(x)[0, label]))(x)
+    theirs, exact = reference(torch.float32), reference(torch.float64)
+
+    title = f"The largest difference, over the largest value; PyTorch {torch.__version__}"
+    table = Table("stage", "jconv to PyTorch", "jconv to float64", "PyTorch to float64", title=title)
+    table.caption = "At a kink of ReLU6 a rounding error turns a gradient on or off, in PyTorch as here."
     for column in table.columns[1:]:
         column.justify = "right"
-
-    def row(name: str, ours: jax.Array, theirs: Any) -> None:
-        expected = theirs.detach().numpy()
-        actual = np.asarray(ours)
+    for name in theirs:
+        actual = np.asarray(ours[name])
         actual = actual.transpose(0, 3, 1, 2) if actual.ndim == 4 else actual
-        difference, largest = np.abs(actual - expected).max(), np.abs(expected).max()
-        table.add_row(name, f"{difference:.2e}", f"{largest:.3g}", f"{difference / largest:.1e}")
-
-    for name, expected in reference.items():
-        row(name, stages[name], expected)
-    row("d logit / d image", gradient, image.grad)
+        pairs = ((actual, theirs[name]), (actual, exact[name]), (theirs[name], exact[name]))
+        table.add_row(name, *(f"{np.abs(a - b).max() / np.abs(b).max():.1e}" for a, b in pairs))
     return table
 
 
@@ -222,23 +225,25 @@ def draw(pixels: np.ndarray, probabilities: np.ndarray, best: np.ndarray, stages
     photo.set_axis_off()
     names = [f"{CLASSES[i]} ({i})" for i in best]
     drawn = bars.barh(names, probabilities[best], color="#3b6ea5")
-    bars.bar_label(drawn, [f"{p:.2f}" for p in probabilities[best]], padding=4)
+    bars.bar_label(drawn, [f"{p:.3f}" for p in probabilities[best]], padding=4)
     bars.set_xlim(0, max(probabilities[best]) * 1.15)
     bars.invert_yaxis()
     bars.set_xlabel("probability")
     bars.set_title("EfficientNet-Lite0, PyTorch's weights in Flax on jconv")
     bars.spines[["top", "right"]].set_visible(False)
-    maps = grid[1].subgridspec(2, 8, wspace=0.04, hspace=0.04)
+    groups = grid[1].subgridspec(1, len(shown), wspace=0.12)
     for block, name in enumerate(shown):
+        maps = groups[block].subgridspec(2, 2, wspace=0.04, hspace=0.04)
         channels = stages[name][0]
         strongest = np.argsort(channels.std((0, 1)))[::-1][:4]
         for k, channel in enumerate(strongest):
-            axes = figure.add_subplot(maps[k // 2, 2 * block + k % 2])
+            axes = figure.add_subplot(maps[k // 2, k % 2])
             axes.imshow(channels[..., channel], cmap="viridis")
             axes.set_axis_off()
             if k == 0:
                 size = "x".join(map(str, channels.shape))
                 axes.set_title(f"{name}, {size}", fontsize=10, loc="left")
+    figure.supxlabel("feature maps: of each stage the four channels that vary most", fontsize=10)
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:

@@ -1,4 +1,10 @@
-"""jconv: convolution for JAX and Flax with PyTorch's semantics and a choice of algorithm."""
+"""Convolution for JAX and Flax with PyTorch's semantics and a choice of algorithm.
+
+``conv_general_dilated`` and its relatives are drop-ins for ``jax.lax``'s. ``jconv.functional`` and
+``jconv.grad`` are ``torch.nn.functional``'s and ``torch.nn.grad``'s convolutions, ``jconv.nnx`` and
+``jconv.linen`` Flax layers after ``torch.nn``, ``jconv.interop`` moves weights. ``plan`` and ``plans`` show
+which algorithm runs and why.
+"""
 
 import importlib as _importlib
 
@@ -20,10 +26,17 @@ from jconv.lax import conv_general_dilated_patches as conv_general_dilated_patch
 from jconv.lax import conv_transpose as conv_transpose
 from jconv.lax import conv_with_general_padding as conv_with_general_padding
 from jconv.lax import plan as plan
+from jconv.lax import plans as plans
 from jconv.planner import Plan as Plan
 from jconv.problem import ConvProblem as ConvProblem
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ALGORITHMS", "Algorithm", "AlgorithmError", "ConvError", "ConvProblem", "ConvTypeError", "Cost", "Plan",
+    "StateDictError", "conv", "conv_general_dilated", "conv_general_dilated_local", "conv_general_dilated_patches",
+    "conv_transpose", "conv_with_general_padding", "dots_saveable", "functional", "grad", "lax", "plan", "plans",
+]  # fmt: skip
 
 _ON_FIRST_USE = ("interop", "linen", "nnx")
 

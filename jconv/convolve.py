@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from math import comb
 from typing import Any, Literal
 
 import jax
@@ -225,17 +224,20 @@ def _batch(operands: Any, axes: Any, *, problem: ConvProblem, wish: Algorithm | 
 batching.primitive_batchers[conv_p] = _batch
 
 
-def _jet(primals: Any, series: Any, *, problem: ConvProblem, wish: Algorithm | None) -> Any:
-    """Leibniz: the k-th derivative of lhs * rhs is the sum over i of binomial(k, i) lhs^(i) * rhs^(k - i)."""
-    lhs, rhs = ([primal, *terms] for primal, terms in zip(primals, series, strict=True))
-    first, *rest = (
-        functools.reduce(jnp.add, (comb(k, i) * _bind(lhs[i], rhs[k - i], problem, wish) for i in range(k + 1)))
-        for k in range(len(lhs))
-    )
-    return first, rest
+# lax's rule for a bilinear primitive, whose convention for the series is its own to change.
+jet.jet_rules[conv_p] = functools.partial(jet.jet_rules[lax.conv_general_dilated_p].func, conv_p)
 
 
-jet.jet_rules[conv_p] = _jet
+def problems_in(jaxpr: Any) -> list[ConvProblem]:
+    """The problems of every convolution in a jaxpr and in the jaxprs inside it, in order."""
+    found: list[ConvProblem] = []
+    for equation in jaxpr.eqns:
+        if equation.primitive is conv_p:
+            found.append(equation.params["problem"])
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            if hasattr(inner, "eqns"):
+                found.extend(problems_in(inner))
+    return found
 
 
 def dots_saveable(prim: Any, *args: Any, **params: Any) -> bool:

@@ -69,7 +69,8 @@ def load_torch(
     **Linen trees** do not say what a kernel is. One of rank 2 is Linear's; one in ``ConvTranspose2d_0``
     (1d, 2d, 3d) has jconv's layout, one in ``ConvTranspose_0`` Flax's; any other is a convolution's if the
     shapes allow that. **A trap:** a square transposed convolution of another name, such as ``up``, looks
-    like a convolution and is loaded as one, hence wrongly. Say ``kinds={"up": "conv_transpose"}``.
+    like a convolution and is loaded as one, hence wrongly. Say ``kinds={"up": "conv_transpose"}``, or pass the
+    PyTorch module itself as `source`: its classes tell (the layer is then taken for jconv's).
 
     **eps** is not in a state dict, and Flax's LayerNorm and GroupNorm have 1e-6 where PyTorch has 1e-5. An
     NNX layer takes the ``eps`` given here, or that of its twin where `source` is a PyTorch module; from a
@@ -124,7 +125,10 @@ def load_torch(
     shared: dict[int, tuple[str, np.ndarray]] = {}
     for index, renamed in pairs.items():
         slot, name = slots[index], originals[renamed]
-        array = _fit(slot, name, entries[name], kind_of(_layer(name)), cast)
+        kind = kind_of(_layer(name))
+        if kind is None and not nnx:
+            kind = _kind_of_twin(slot, modules.get(prefix + _layer(name)))
+        array = _fit(slot, name, entries[name], kind, cast)
         if isinstance(array, str):
             misfits.append(array)
             continue
@@ -142,7 +146,7 @@ def load_torch(
     ]
     taken = {*pairs.values(), *unclear_names}
     unexpected = [name for name in originals if name not in taken and _leaf(name) != "num_batches_tracked"]
-    report = _report(missing, unexpected, misfits, originals, entries)
+    report = _report(missing, unexpected, misfits, originals, entries, strict)
     if misfits or (strict and (missing or unexpected)):
         raise StateDictError(report)
 
@@ -282,6 +286,14 @@ def _groups(slot: _Slot, shape: tuple[int, ...]) -> int:
 def _kind_by_name(slot: _Slot) -> str | None:
     match = re.fullmatch(r"(Conv|ConvTranspose)([123]d)?(_\d+)?", "".join(slot.path[-2:-1]))
     return _CLASSES[match[1] + (match[2] or "")] if match else None
+
+
+def _kind_of_twin(slot: _Slot, twin: Any) -> str | None:
+    """What a PyTorch layer says of its Linen twin's kernel, where the Linen name says nothing."""
+    names = {base.__name__ for base in type(twin).__mro__}
+    if _kind_by_name(slot) is not None or not names & {f"ConvTranspose{n}d" for n in (1, 2, 3)}:
+        return None
+    return "conv_transpose"
 
 
 def _kind_by_rank(rank: int) -> str:
@@ -601,6 +613,7 @@ def _report(
     misfits: list[str],
     originals: dict[str, str],
     entries: dict[str, np.ndarray],
+    strict: bool,
 ) -> str:
     absent = []
     for slot in missing[:21]:
@@ -618,7 +631,7 @@ def _report(
             text += f"\n{title} ({total}):" + "".join(f"\n  {line}" for line in lines[:20])
             text += f"\n  ... and {total - 20} more" if total > 20 else ""
     if missing or unexpected:
-        text += "\nPass rename={...} where names differ, or strict=False to load what fits."
+        text += "\nPass rename={...} where names differ" + (", or strict=False to load what fits." if strict else ".")
     return text
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jconv.convolve import AlgorithmLike, Autodiff, as_operand, convolve
+from jconv.convolve import AlgorithmLike, Autodiff, as_operand, convolve, problems_in
 from jconv.errors import ConvError, ConvTypeError
 from jconv.planner import Plan
 from jconv.planner import plan as _plan
@@ -107,10 +107,27 @@ def plan(
         lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
         batch_group_count, precision, preferred_element_type, out_sharding,
     )  # fmt: skip
-    platforms = ("cpu", "gpu", "cuda", "rocm", "tpu", jax.default_backend())
-    if platform is not None and platform not in platforms:
-        raise ConvError(f"platform must be one of {', '.join(sorted(set(platforms)))}, got {platform!r}")
-    return _plan(problem, jax.default_backend() if platform is None else platform)
+    return _plan(problem, _platform(platform))
+
+
+def plans(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> list[Plan]:
+    """The plan of every convolution of jconv's in ``fn(*args)``, in the order of the program.
+
+    Args:
+        fn: a function of arrays, ``jax.grad(loss)`` or a train step among them. Inside ``scan``, ``cond``,
+            ``jit`` and the like each convolution counts once. One with ``autodiff="custom_vjp"`` is not seen.
+        args: its arguments: pytrees of arrays or ``jax.ShapeDtypeStruct``s. An NNX module may be ``fn``.
+        platform: as in :func:`plan`.
+
+    Returns:
+        A list of Plans, each as :func:`plan` gives it; print one to see it.
+
+    >>> x, w = jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 3, 3))
+    >>> loss = lambda w: conv(x, w, (1, 1), "SAME").sum()
+    >>> [p.problem.is_weight_gradient for p in plans(jax.grad(loss), w)]
+    [False, True]
+    """
+    return [_plan(problem, _platform(platform)) for problem in problems_in(jax.make_jaxpr(fn)(*args).jaxpr)]
 
 
 def conv(
@@ -332,6 +349,15 @@ def conv_general_dilated_local(
     batch = tuple(p for p, _ in pairs), tuple(r for _, r in pairs)
     out = lax.dot_general(patches, rhs, (((out_spec[1],), (rhs_spec[1],)), batch), precision=precision)
     return jnp.moveaxis(out, (-2, -1), (out_spec[0], out_spec[1]))
+
+
+def _platform(platform: str | None) -> str:
+    known = ("cpu", "gpu", "cuda", "rocm", "tpu", jax.default_backend())
+    if platform is None:
+        return jax.default_backend()
+    if platform not in known:
+        raise ConvError(f"platform must be one of {', '.join(sorted(set(known)))}, got {platform!r}")
+    return platform
 
 
 def _transposed_padding(extent: int, stride: int, padding: str | tuple[int, int]) -> tuple[int, int]:

@@ -16,6 +16,10 @@ from jconv import layers
 from jconv.convolve import AlgorithmLike, Autodiff
 from jconv.errors import ConvError
 
+__all__ = [
+    "Conv", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d",
+]  # fmt: skip
+
 
 class _Conv(nn.Module):
     spatial: ClassVar[int]

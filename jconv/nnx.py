@@ -20,6 +20,10 @@ from jconv.errors import ConvError
 from jconv.functional.arguments import padding_pairs, per_axis
 from jconv.functional.conv import SPATIAL
 
+__all__ = [
+    "Conv", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d",
+]  # fmt: skip
+
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 

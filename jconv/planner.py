@@ -45,7 +45,7 @@ class Plan:
             else:
                 note = " ".join(filter(None, (c.refusal, mark)))
                 rows.append(
-                    (c.algorithm.name, _milliseconds(c.time_ns), f"{c.cost.flops / 1e9:.3g}",
+                    (c.algorithm.name, _time(c.time_ns), f"{c.cost.flops / 1e9:.3g}",
                      f"{c.cost.bytes / 1e6:.3g}", f"{c.cost.workspace / 1e6:.3g}", note)
                 )  # fmt: skip
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
@@ -126,5 +126,5 @@ def _sized(problem: ConvProblem) -> ConvProblem:
     return problem.replace(lhs_shape=guess(problem.lhs_shape), rhs_shape=guess(problem.rhs_shape))
 
 
-def _milliseconds(ns: int) -> str:
-    return f"{ns / 1e6:.3g} ms"
+def _time(ns: int) -> str:
+    return f"{ns / 1e6:.3g} ms" if ns >= 100_000 else f"{ns / 1e3:.3g} us"

@@ -1423,3 +1423,27 @@ def test_safetensors_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(StateDictError, match="pip install safetensors"):
         read_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_a_torch_module_tells_a_square_transposed_kernel_from_a_convolution():
+    """The tree cannot: its square kernels look alike. The module's classes can."""
+    import jconv.linen as jl
+
+    class Twin(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = torch.nn.ConvTranspose2d(4, 4, 3, stride=2)
+            self.down = torch.nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            return self.down(self.up(x))
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return jl.Conv2d(4, 3, name="down")(jl.ConvTranspose2d(4, 3, stride=2, name="up")(x))
+
+    twin, x = Twin(), np.random.default_rng(0).standard_normal((2, 5, 5, 4), np.float32)
+    variables = jconv.interop.load_torch(Net().init(jax.random.key(0), x), twin)
+    expected = twin(torch.from_numpy(x.transpose(0, 3, 1, 2))).detach().numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(Net().apply(variables, x), expected, atol=1e-5)

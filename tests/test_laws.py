@@ -170,7 +170,9 @@ def test_a_faulty_algorithm_is_named():
             return lhs
 
     with pytest.raises(jconv.AlgorithmError, match=r"'mine' gave float32\[2, 7, 8, 3\], but.*float32\[2, 7, 8, 4\]"):
-        jconv.conv_general_dilated(x, w, **case.arguments, algorithm=dataclass(frozen=True)(Base)())
+        jconv.conv_general_dilated(
+            x, w, **case.arguments, algorithm=dataclass(frozen=True)(type("Frozen", (Base,), {}))()
+        )
     with pytest.raises(jconv.ConvTypeError, match="not hashable.*frozen=True"):
         jconv.conv_general_dilated(
             x, w, **case.arguments, algorithm=dataclass(type("Mine", (Base,), {"__hash__": None}))()

@@ -279,6 +279,24 @@ def test_plan_speaks():
     assert jconv.plan(x, w, (1, 1), "SAME", dimension_numbers=NHWC).device.platform == jax.default_backend()
 
 
+def test_plans_of_a_function():
+    """Forward and gradients, inside jit, scan and cond, in the order of the program."""
+    x, w = np.ones((1, 8, 8, 4), np.float32), np.ones((3, 3, 4, 4), np.float32)
+    conv = lambda x, w: jconv.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=NHWC)
+
+    @jax.jit
+    def loss(w, x):
+        x = lax.cond(x.sum() > 0, lambda x: conv(x, w), lambda x: x, x)
+        return lax.scan(lambda x, _: (jnp.sin(conv(x, w)), None), x, length=3)[0].sum()
+
+    found = jconv.plans(loss, w, x)
+    assert [p.problem for p in found] == [found[0].problem] * 2 and found[0].problem.output_shape == (1, 4, 8, 8)
+    gradient = jconv.plans(jax.grad(loss), w, x, platform="cuda")
+    assert sum(p.problem.is_weight_gradient for p in gradient) == 2
+    assert {p.algorithm.name for p in gradient} == {"xla"}
+    assert jconv.plans(jnp.sin, x) == []
+
+
 def test_columns_too_large_for_the_workspace_are_not_planned():
     x, w = jax.ShapeDtypeStruct((64, 512, 512, 64), np.float32), jax.ShapeDtypeStruct((3, 3, 64, 64), np.float32)
     p = jconv.plan(x, w, (1, 1), "SAME", dimension_numbers=NHWC, platform="cpu")

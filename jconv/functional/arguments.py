@@ -34,7 +34,8 @@ def padding_pairs(
         if padding == "valid":
             return ((0, 0),) * n
         if padding != "same":
-            raise ConvError(f"padding must be 'same', 'valid', an int, {n} ints or {n} pairs, got {padding!r}")
+            hint = f"; write {padding.lower()!r}" if padding.lower() in ("same", "valid") else ""
+            raise ConvError(f"padding must be 'same', 'valid', an int, {n} ints or {n} pairs, got {padding!r}{hint}")
         if any(s != 1 for s in stride):
             raise ConvError(f"padding='same' needs stride 1, got stride {tuple(stride)}; give the padding as numbers")
         totals = [d * (k - 1) for k, d in zip(window, dilation, strict=True)]

@@ -390,8 +390,17 @@ def _check_channels(input: jax.Array, data_format: str, expected: int, groups: i
     if channels != expected:
         raise ConvError(
             f"input has {channels} channels (shape {input.shape} as {data_format}), but weight of shape {kernel.shape} "
-            f"with groups={groups} expects {expected}; check groups and data_format"
+            f"with groups={groups} expects {expected}; " + _layout_hint(input, data_format, expected)
         )
+
+
+def _layout_hint(input: jax.Array, data_format: str, expected: int) -> str:
+    first = data_format.index("C") == 1
+    other = -1 if first else 1
+    if input.shape[other] != expected:
+        return "check groups and data_format"
+    kind = "last" if first else "first"
+    return f"axis {other % input.ndim} has {expected}: is it channel-{kind}? transpose it or pass its data_format"
 
 
 def _check_not_empty(input: jax.Array, kernel: jax.Array) -> None:
