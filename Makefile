@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 IMAGE ?=
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/port_pretrained.py $(if $(IMAGE),--image "$$IMAGE")
@@ -19,6 +19,9 @@ lint: $(VENV)/test.stamp
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/algorithms.py
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/pdoc --docformat google --output-directory site jconv jconv.nnx jconv.linen jconv.interop
 
 $(VENV)/%.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

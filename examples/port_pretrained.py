@@ -231,13 +231,12 @@ def draw(pixels: np.ndarray, probabilities: np.ndarray, best: np.ndarray, stages
     bars.set_xlabel("probability")
     bars.set_title("EfficientNet-Lite0, PyTorch's weights in Flax on jconv")
     bars.spines[["top", "right"]].set_visible(False)
-    groups = grid[1].subgridspec(1, len(shown), wspace=0.12)
+    maps = grid[1].subgridspec(2, 3 * len(shown), width_ratios=(1, 1, 0.2) * len(shown))
     for block, name in enumerate(shown):
-        maps = groups[block].subgridspec(2, 2, wspace=0.04, hspace=0.04)
         channels = stages[name][0]
         strongest = np.argsort(channels.std((0, 1)))[::-1][:4]
         for k, channel in enumerate(strongest):
-            axes = figure.add_subplot(maps[k // 2, k % 2])
+            axes = figure.add_subplot(maps[k // 2, 3 * block + k % 2])
             axes.imshow(channels[..., channel], cmap="viridis")
             axes.set_axis_off()
             if k == 0:
