@@ -12,35 +12,30 @@ import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
-from itertools import product
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from jconv.checkpoint import read_checkpoint, unwrap
 from jconv.errors import StateDictError
+from jconv.slots import (
+    Slot,
+    did_you_mean,
+    from_torch_layout,
+    is_nnx,
+    kind_by_name,
+    kind_by_rank,
+    kind_lookup,
+    kind_of_twin,
+    slots_of,
+    to_torch_layout,
+    where,
+)
 
 __all__ = ["load_torch", "read_checkpoint", "to_torch"]
 
 _Target = TypeVar("_Target")
 _Rename = Mapping[str, str] | Callable[[str], str]
-
-_KINDS = ("conv", "conv_transpose", "flax_conv_transpose", "linear", "norm", "embedding")
-_CLASSES = {
-    **dict.fromkeys(("Conv", "Conv1d", "Conv2d", "Conv3d"), "conv"),
-    **dict.fromkeys(("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"), "conv_transpose"),
-    **dict.fromkeys(("BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"), "norm"),
-    **{"ConvTranspose": "flax_conv_transpose", "Linear": "linear", "Embed": "embedding"},
-}
-_STATISTICS = {"mean": "running_mean", "var": "running_var"}
-_NNX_LEAVES: dict[str | None, dict[str, str]] = {
-    **dict.fromkeys(("conv", "conv_transpose", "flax_conv_transpose", "linear"), {"kernel": "weight"}),
-    "norm": {"scale": "weight", **_STATISTICS},
-    "embedding": {"embedding": "weight"},
-    None: {},
-}
-_LINEN_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
 def load_torch(
@@ -107,8 +102,8 @@ def load_torch(
            [1., 4.],
            [2., 5.]], dtype=float32)
     """
-    slots, norms = _slots(target)
-    nnx = _is_nnx(target)
+    slots, norms = slots_of(target)
+    nnx = is_nnx(target)
     if eps is not None:
         _check_eps(eps, nnx, norms)
     modules = dict(source.named_modules()) if _is_torch_module(source) else {}
@@ -117,7 +112,7 @@ def load_torch(
     if any(slot.names[0].startswith("module.") for slot in slots):
         prefix = ""
     entries = {name.removeprefix(prefix): array for name, array in entries.items()}
-    kind_of = _kind_lookup(kinds, (_layer(name) for name in entries))
+    kind_of = kind_lookup(kinds, (_layer(name) for name in entries))
     originals = _renamed(entries, rename)
     pairs, unclear_slots, unclear_names, misfits = _match(slots, originals)
 
@@ -127,7 +122,7 @@ def load_torch(
         slot, name = slots[index], originals[renamed]
         kind = kind_of(_layer(name))
         if kind is None and not nnx:
-            kind = _kind_of_twin(slot, modules.get(prefix + _layer(name)))
+            kind = kind_of_twin(slot, modules.get(prefix + _layer(name)))
         array = _fit(slot, name, entries[name], kind, cast)
         if isinstance(array, str):
             misfits.append(array)
@@ -136,7 +131,7 @@ def load_torch(
         if slot.cell is not None:
             first, value = shared.setdefault(id(slot.cell), (name, array))
             if value is not array and value.tobytes() != array.tobytes():
-                misfits.append(f"{first!r} and {name!r} differ, and are one array at {_at(slot)}")
+                misfits.append(f"{first!r} and {name!r} differ, and are one array at {where(slot)}")
 
     filled = {id(slots[index].cell) for index in pairs if slots[index].cell is not None}
     missing = [
@@ -197,249 +192,25 @@ def to_torch(
     >>> to_torch({"params": {"head": {"kernel": np.zeros((3, 2)), "bias": np.zeros(2)}}})["head.weight"].shape
     (2, 3)
     """
-    slots, _ = _slots(source)
-    emitted: dict[str, _Slot] = {}
+    slots, _ = slots_of(source)
+    emitted: dict[str, Slot] = {}
     for slot in slots:
         if emitted.setdefault(slot.names[0], slot) is not slot:
             raise StateDictError(
-                f"{_at(emitted[slot.names[0]])} and {_at(slot)} would both be called {slot.names[0]!r} in "
+                f"{where(emitted[slot.names[0]])} and {where(slot)} would both be called {slot.names[0]!r} in "
                 "PyTorch; give one of them another name in the Flax model."
             )
     originals = _renamed(emitted, rename)
-    kind_of = _kind_lookup(kinds, (_layer(name) for name in originals))
+    kind_of = kind_lookup(kinds, (_layer(name) for name in originals))
     state = {}
     for name, original in originals.items():
         slot = emitted[original]
         array = np.asarray(slot.array)
         given = kind_of(_layer(name)) if slot.path[-1] == "kernel" else None
-        kind = given or slot.kind or _kind_by_name(slot) or _kind_by_rank(array.ndim)
-        array = _to_torch_layout(kind, array, slot)
+        kind = given or slot.kind or kind_by_name(slot) or kind_by_rank(array.ndim)
+        array = to_torch_layout(kind, array, slot)
         state[name] = np.array(array, order="C", copy=True)
     return state
-
-
-# --- layouts -----------------------------------------------------------------------------------------
-
-
-def _from_torch_layout(kind: str, weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """`weight` in the layout of a Flax kernel of this shape; None if it does not fit."""
-    if weight.ndim != len(shape):
-        return None
-    spatial = range(2, weight.ndim)
-    if kind == "linear":
-        weight = weight.T if weight.ndim == 2 else weight
-    elif kind == "conv" and weight.ndim > 2:
-        weight = weight.transpose(*spatial, 1, 0)
-    elif kind == "flax_conv_transpose" and weight.ndim > 2:
-        weight = np.flip(weight, tuple(spatial)).transpose(*spatial, 0, 1)
-    elif kind == "conv_transpose" and weight.ndim > 2:
-        inputs, outputs = weight.shape[:2]
-        if not shape[-2] or inputs % shape[-2]:
-            return None
-        groups = inputs // shape[-2]
-        weight = weight.reshape(groups, shape[-2], outputs, *weight.shape[2:])
-        weight = weight.transpose(*(axis + 1 for axis in spatial), 1, 0, 2)
-        weight = weight.reshape(*weight.shape[:-2], groups * outputs)
-    elif kind not in ("norm", "embedding"):
-        return None
-    return weight if weight.shape == shape else None
-
-
-def _to_torch_layout(kind: str, kernel: np.ndarray, slot: _Slot) -> np.ndarray:
-    kind, _, given = kind.partition(":")
-    rank = kernel.ndim - 2
-    if kind in ("norm", "embedding"):
-        return kernel
-    if (rank != 0) if kind == "linear" else (rank < 1):
-        raise StateDictError(
-            f"{_at(slot)} of shape {kernel.shape} is no {kind!r} kernel; pass kinds={{...}} that fits."
-        )
-    if kind == "linear":
-        return kernel.T
-    if kind == "conv":
-        return kernel.transpose(rank + 1, rank, *range(rank))
-    if kind == "flax_conv_transpose":
-        return np.flip(kernel, tuple(range(rank))).transpose(rank, rank + 1, *range(rank))
-    groups = int(given) if given else _groups(slot, kernel.shape)
-    *spatial, inputs, outputs = kernel.shape
-    if groups < 1 or outputs % groups:
-        raise StateDictError(f"{_at(slot)} of shape {kernel.shape} has no {groups} groups; pass another number.")
-    kernel = kernel.reshape(*spatial, inputs, groups, outputs // groups)
-    return kernel.transpose(rank + 1, rank, rank + 2, *range(rank)).reshape(-1, outputs // groups, *spatial)
-
-
-def _groups(slot: _Slot, shape: tuple[int, ...]) -> int:
-    if slot.layer is None:
-        return 1
-    for name in ("groups", "feature_group_count"):
-        if isinstance(groups := getattr(slot.layer, name, None), int):
-            return groups
-    for name in ("in_features", "in_channels"):
-        if isinstance(inputs := getattr(slot.layer, name, None), int):
-            return inputs // max(shape[-2], 1)
-    raise StateDictError(
-        f"{_at(slot)} does not tell its number of groups; give the layer an attribute `groups`, or pass "
-        'kinds={"...": "conv_transpose:1"}.'
-    )
-
-
-def _kind_by_name(slot: _Slot) -> str | None:
-    match = re.fullmatch(r"(Conv|ConvTranspose)([123]d)?(_\d+)?", "".join(slot.path[-2:-1]))
-    return _CLASSES[match[1] + (match[2] or "")] if match else None
-
-
-def _kind_of_twin(slot: _Slot, twin: Any) -> str | None:
-    """What a PyTorch layer says of its Linen twin's kernel, where the Linen name says nothing."""
-    names = {base.__name__ for base in type(twin).__mro__}
-    if _kind_by_name(slot) is not None or not names & {f"ConvTranspose{n}d" for n in (1, 2, 3)}:
-        return None
-    return "conv_transpose"
-
-
-def _kind_by_rank(rank: int) -> str:
-    return "linear" if rank == 2 else "conv" if rank > 2 else "norm"
-
-
-def _kind_lookup(kinds: Mapping[str, str] | None, layers: Iterable[str]) -> Callable[[str], str | None]:
-    """The kind that the caller gave to a layer, by its name; checks that every pattern is of use."""
-    layers = set(layers)
-    if kinds is not None and not isinstance(kinds, Mapping):
-        raise StateDictError(
-            f"kinds must map patterns of layer names to kinds, got {kinds!r}; write {{'up': 'conv_transpose'}}."
-        )
-    for pattern, kind in (kinds or {}).items():
-        if kind not in _KINDS and not re.fullmatch(r"conv_transpose:[1-9]\d*", str(kind)):
-            raise StateDictError(f"kinds[{pattern!r}] is {kind!r}, expected one of {', '.join(_KINDS)}.")
-        if not any(fnmatchcase(layer, pattern) for layer in layers):
-            raise StateDictError(
-                f"kinds has the pattern {pattern!r}, which no layer matches; {_did_you_mean(pattern, layers)}"
-            )
-    return lambda layer: next((k for p, k in (kinds or {}).items() if fnmatchcase(layer, p)), None)
-
-
-# --- slots of an NNX module or a Linen tree ----------------------------------------------------------
-
-
-class _Slot(NamedTuple):
-    path: tuple[str, ...]
-    names: tuple[str, ...]  # the PyTorch names it answers to, the one that to_torch emits first
-    kind: str | None  # None for the kernel of a Linen tree, which does not say what it is
-    array: Any
-    cell: Any = None  # the nnx.Variable
-    layer: Any = None  # the nnx.Module
-
-
-def _at(slot: _Slot) -> str:
-    return "/".join(slot.path)
-
-
-def _is_nnx(target: object) -> bool:
-    from flax import nnx
-
-    return isinstance(target, nnx.Module)
-
-
-def _slots(target: Any) -> tuple[list[_Slot], list[tuple[str, Any]]]:
-    """All slots, and the normalisation layers of an NNX module by name."""
-    if _is_nnx(target):
-        return _nnx_slots(target)
-    if not isinstance(target, Mapping):
-        raise StateDictError(
-            f"The Flax side is a {type(target).__name__}, expected an nnx.Module or a Linen tree; of a Linen "
-            "module pass the initialised variables."
-        )
-    return _linen_slots(target), []
-
-
-def _nnx_slots(root: Any) -> tuple[list[_Slot], list[tuple[str, Any]]]:
-    from flax import nnx
-
-    slots: list[_Slot] = []
-    norms: list[tuple[str, Any]] = []
-
-    def visit(node: Any, path: tuple[str, ...], names: tuple[str, ...], above: tuple[int, ...]) -> None:
-        if isinstance(node, nnx.Pytree):
-            classes = [cls.__name__ for cls in type(node).__mro__]
-            kind = next((_CLASSES[name] for name in classes if name in _CLASSES), None)
-            if kind == "flax_conv_transpose" and getattr(node, "transpose_kernel", False):
-                kind = "conv"
-            if kind == "norm":
-                norms.append((".".join(names), node))
-            children = {k: v for k, v in vars(node).items() if not k.startswith("_pytree__")}
-        elif isinstance(node, (list, tuple, dict)):
-            classes, kind = [], None
-            children = node if isinstance(node, dict) else dict(enumerate(node))
-        else:
-            return
-        if id(node) in above:
-            return
-        for key, child in children.items():
-            key = str(key)
-            if not isinstance(child, nnx.Variable):
-                inner = names if key == "layers" and "Sequential" in classes else (*names, key)
-                visit(child, (*path, key), inner, (*above, id(node)))
-            elif not isinstance(child, (nnx.RngState, nnx.Cache, nnx.Intermediate)):
-                array = child.get_value()
-                if hasattr(array, "shape") and hasattr(array, "dtype"):
-                    leaf = _NNX_LEAVES[kind].get(key, key)
-                    spellings = [(*names, leaf), (*names, key), (*path, leaf), (*path, key)]
-                    spelled = tuple(dict.fromkeys(map(".".join, spellings)))
-                    layout = kind if key == "kernel" and kind else "norm"
-                    slots.append(_Slot((*path, key), spelled, layout, array, child, node))
-
-    visit(root, (), (), ())
-    return slots, norms
-
-
-def _linen_slots(tree: Mapping[str, Any]) -> list[_Slot]:
-    whole = any(isinstance(tree.get(collection), Mapping) for collection in ("params", "batch_stats"))
-    leaves: dict[tuple[str, ...], Any] = {}
-
-    def visit(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
-        for key, value in node.items():
-            if isinstance(value, Mapping):
-                visit(value, (*path, key))
-            elif hasattr(value, "shape") and hasattr(value, "dtype") and not hasattr(value, "get_value"):
-                leaves[*path, key] = value
-            else:
-                raise StateDictError(
-                    f"The Flax tree holds a {type(value).__name__} at {'/'.join((*path, key))}, expected an "
-                    "array; pass a Linen tree after flax.linen.meta.unbox, or the nnx.Module itself."
-                )
-
-    for collection in ("params", "batch_stats") if whole else ():
-        visit(tree.get(collection, {}), (collection,))
-    if not whole:
-        visit(tree, ())
-
-    beside: dict[tuple[str, ...], set[str]] = {}
-    for path in leaves:
-        path = path[whole:]
-        for depth, part in enumerate(path):
-            beside.setdefault(path[:depth], set()).add(part)
-
-    slots = []
-    for path, array in leaves.items():
-        *layer, key = path[whole:]
-        statistics = whole and path[0] == "batch_stats"
-        leaf = (_STATISTICS if statistics else _LINEN_LEAVES).get(key, key)
-        parts = [_linen_names(part, beside[tuple(layer[:depth])]) for depth, part in enumerate(layer)]
-        spellings = [*product(*parts, (leaf, key)), (*layer, leaf), (*layer, key)]
-        names = tuple(dict.fromkeys(map(".".join, spellings)))
-        slots.append(_Slot(path, names, None if key == "kernel" else "norm", array))
-    return slots
-
-
-def _linen_names(part: str, beside: set[str]) -> list[str]:
-    """What a part of a Linen path may be called in PyTorch, given the names beside it."""
-    stem, _, number = part.rpartition("_")
-    if not stem or not number.isdecimal():
-        return [part]
-    if all(re.fullmatch(r"layers_\d+", name) for name in beside):
-        return [number, f"layers.{number}"]
-    if stem.lstrip("_")[:1].islower() and f"{stem}_0" in beside and stem not in beside:
-        return [f"{stem}.{number}"]
-    return [part]
 
 
 # --- entries of a state dict -------------------------------------------------------------------------
@@ -507,7 +278,7 @@ def _renamed(names: Iterable[str], rename: _Rename | None) -> dict[str, str]:
             raise StateDictError(f"rename makes {new!r} of both {renamed[new]!r} and {name!r}; correct it.")
     for key in sorted(unused):
         layers = {layer for name in names for layer in (name, _layer(name))}
-        raise StateDictError(f"rename has the key {key!r}, which is no entry or layer; {_did_you_mean(key, layers)}")
+        raise StateDictError(f"rename has the key {key!r}, which is no entry or layer; {did_you_mean(key, layers)}")
     return renamed
 
 
@@ -526,7 +297,7 @@ def _words(name: str) -> tuple[str, ...]:
     return tuple(filter(None, re.split(r"[._/]", name)))
 
 
-def _match(slots: list[_Slot], names: Iterable[str]) -> tuple[dict[int, str], set[int], set[str], list[str]]:
+def _match(slots: list[Slot], names: Iterable[str]) -> tuple[dict[int, str], set[int], set[str], list[str]]:
     """Pairs slots with names: first by the slot's own name, then by its other names, then word by word.
 
     Returns the name of each slot by index; the slots, then the names that are ambiguous; a line on each.
@@ -553,7 +324,7 @@ def _match(slots: list[_Slot], names: Iterable[str]) -> tuple[dict[int, str], se
             if len(found) == 1 and len(rivals) == 1:
                 pairs[index] = next(iter(found))
             elif found:
-                places = " and ".join(sorted(_at(slots[rival]) for rival in rivals))
+                places = " and ".join(sorted(where(slots[rival]) for rival in rivals))
                 lines[f"{' and '.join(map(repr, sorted(found)))} for {places}: ambiguous; pass rename"] = None
                 unclear_slots |= rivals
                 unclear_names |= found
@@ -561,7 +332,7 @@ def _match(slots: list[_Slot], names: Iterable[str]) -> tuple[dict[int, str], se
     return pairs, unclear_slots, unclear_names, list(lines)
 
 
-def _fit(slot: _Slot, name: str, weight: np.ndarray, given: str | None, cast: bool) -> np.ndarray | str:
+def _fit(slot: Slot, name: str, weight: np.ndarray, given: str | None, cast: bool) -> np.ndarray | str:
     """A copy of the entry in the slot's layout and dtype, or a line that says why that cannot be."""
     array = _arranged(slot, name, weight, given)
     dtype = np.dtype(slot.array.dtype)
@@ -570,34 +341,34 @@ def _fit(slot: _Slot, name: str, weight: np.ndarray, given: str | None, cast: bo
     if array.dtype == dtype or _is_lossless(array.dtype, dtype):
         return array.astype(dtype)
     if array.dtype.kind == "c" and dtype.kind != "c":
-        return f"{name!r} is {array.dtype}, which does not fit the {dtype} of {_at(slot)}"
+        return f"{name!r} is {array.dtype}, which does not fit the {dtype} of {where(slot)}"
     return array.astype(dtype) if cast else f"{name!r}: {array.dtype} does not fit {dtype} exactly; pass cast=True"
 
 
-def _arranged(slot: _Slot, name: str, weight: np.ndarray, given: str | None) -> np.ndarray | str:
+def _arranged(slot: Slot, name: str, weight: np.ndarray, given: str | None) -> np.ndarray | str:
     shape, is_kernel = tuple(slot.array.shape), slot.path[-1] == "kernel"
-    told = slot.kind or _kind_by_name(slot)
+    told = slot.kind or kind_by_name(slot)
     if given and is_kernel:
         kinds = [given.partition(":")[0]]
     elif told:
         # Flax's layer with transpose_kernel=True has the layout of a convolution.
         kinds = [told, "conv"] if told == "flax_conv_transpose" and slot.kind is None else [told]
     else:
-        kinds = [_kind_by_rank(len(shape))]
-    arrays = [_from_torch_layout(kind, weight, shape) for kind in kinds]
+        kinds = [kind_by_rank(len(shape))]
+    arrays = [from_torch_layout(kind, weight, shape) for kind in kinds]
     if not told and not given and arrays[0] is None:
         kinds = ["conv_transpose", "flax_conv_transpose"]
-        arrays = [_from_torch_layout(kind, weight, shape) for kind in kinds]
+        arrays = [from_torch_layout(kind, weight, shape) for kind in kinds]
         if len({array.tobytes() for array in arrays if array is not None}) == 2:
             return (
-                f"{name!r} {weight.shape} fits {_at(slot)} {shape} as a transposed convolution only; pass "
+                f"{name!r} {weight.shape} fits {where(slot)} {shape} as a transposed convolution only; pass "
                 f"kinds={{{_layer(name)!r}: 'conv_transpose'}}, or 'flax_conv_transpose' for Flax's layer"
             )
     fitting = [array for array in arrays if array is not None]
     if fitting:
         return fitting[0]
     what = f" as the kernel of kind {' or '.join(kinds)}" if is_kernel else ""
-    return f"{name!r} {weight.shape} does not fit {_at(slot)} {shape}{what}"
+    return f"{name!r} {weight.shape} does not fit {where(slot)} {shape}{what}"
 
 
 def _is_lossless(given: np.dtype, wanted: np.dtype) -> bool:
@@ -608,7 +379,7 @@ def _is_lossless(given: np.dtype, wanted: np.dtype) -> bool:
 
 
 def _report(
-    missing: list[_Slot],
+    missing: list[Slot],
     unexpected: list[str],
     misfits: list[str],
     originals: dict[str, str],
@@ -619,7 +390,7 @@ def _report(
     for slot in missing[:21]:
         close = get_close_matches(slot.names[0], unexpected, n=1)
         hint = f"; did you mean {originals[close[0]]!r}?" if close else ""
-        absent.append(f"{slot.names[0]!r} for {_at(slot)} {tuple(slot.array.shape)}{hint}")
+        absent.append(f"{slot.names[0]!r} for {where(slot)} {tuple(slot.array.shape)}{hint}")
     surplus = [f"{originals[name]!r} {entries[originals[name]].shape}" for name in unexpected[:21]]
     text = "The state dict does not fit the Flax parameters."
     for title, lines, total in (
@@ -633,11 +404,6 @@ def _report(
     if missing or unexpected:
         text += "\nPass rename={...} where names differ" + (", or strict=False to load what fits." if strict else ".")
     return text
-
-
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
-    close = get_close_matches(name, sorted(names), n=1, cutoff=0.4)
-    return f"did you mean {close[0]!r}?" if close else "leave it out."
 
 
 def _check_eps(eps: float, nnx: bool, norms: list[tuple[str, Any]]) -> None:

@@ -19,7 +19,7 @@ FLOORS = {
     for floor, modules in enumerate(
         (
             ("errors", "device"),
-            ("problem", "checkpoint"),
+            ("problem", "checkpoint", "slots"),
             ("adjoint", "algorithms.base", "algorithms"),
             ("algorithms.xla", "algorithms.pointwise", "algorithms.im2col", "interop"),
             ("algorithms.table",),
@@ -77,7 +77,7 @@ def test_who_may_import_what(module):
     for imported, top in imports(module):
         package = imported.split(".")[0]
         if package == "flax":
-            assert module in ("nnx", "linen") or (module == "interop" and not top)
+            assert module in ("nnx", "linen") or (module in ("interop", "slots") and not top)
         assert package not in ("torch", "matplotlib", "rich", "typer"), f"{module} imports {imported}"
         if imported.startswith(("jax.interpreters", "jax.extend")):
             assert module == "convolve"
