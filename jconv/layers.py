@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jconv.errors import ConvError
 from jconv.functional.arguments import padding_pairs, per_axis
-from jconv.functional.conv import SPATIAL, convolution, transposed_convolution
+from jconv.functional.nd import SPATIAL, convolution, transposed_convolution
 from jconv.functional.pad import pad_axes
 from jconv.lax import conv_transpose
 from jconv.problem import integer

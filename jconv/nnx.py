@@ -18,7 +18,7 @@ from jconv import layers
 from jconv.convolve import AlgorithmLike, Autodiff
 from jconv.errors import ConvError
 from jconv.functional.arguments import padding_pairs, per_axis
-from jconv.functional.conv import SPATIAL
+from jconv.functional.nd import SPATIAL
 
 __all__ = [
     "Conv", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d",
