@@ -34,7 +34,7 @@ class _Layer(nnx.Module):
     transposed: ClassVar[bool]
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any,
+        self, *, in_channels: int, out_channels: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any,
         groups: int, bias: bool, padding_mode: str, data_format: str | None, dtype: Any, param_dtype: Any,
         precision: Any, preferred_element_type: Any, kernel_init: Any, bias_init: Any,
         kernel_metadata: Mapping[str, Any], bias_metadata: Mapping[str, Any], algorithm: AlgorithmLike,
@@ -102,9 +102,12 @@ class _Conv(_Layer):
         rngs: nnx.Rngs,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, data_format,
-            dtype, param_dtype, precision, preferred_element_type, kernel_init, bias_init, kernel_metadata,
-            bias_metadata, algorithm, autodiff, rngs,
+            in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride,
+            padding=padding, dilation=dilation, groups=groups, bias=bias, padding_mode=padding_mode,
+            data_format=data_format, dtype=dtype, param_dtype=param_dtype, precision=precision,
+            preferred_element_type=preferred_element_type, kernel_init=kernel_init, bias_init=bias_init,
+            kernel_metadata=kernel_metadata, bias_metadata=bias_metadata, algorithm=algorithm,
+            autodiff=autodiff, rngs=rngs,
         )  # fmt: skip
 
     def __call__(self, inputs: Any) -> jax.Array:
@@ -144,9 +147,12 @@ class _ConvTranspose(_Layer):
     ) -> None:
         self.output_padding = per_axis("output_padding", output_padding, self.spatial, 0)
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, data_format,
-            dtype, param_dtype, precision, preferred_element_type, kernel_init, bias_init, kernel_metadata,
-            bias_metadata, algorithm, autodiff, rngs,
+            in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size, stride=stride,
+            padding=padding, dilation=dilation, groups=groups, bias=bias, padding_mode=padding_mode,
+            data_format=data_format, dtype=dtype, param_dtype=param_dtype, precision=precision,
+            preferred_element_type=preferred_element_type, kernel_init=kernel_init, bias_init=bias_init,
+            kernel_metadata=kernel_metadata, bias_metadata=bias_metadata, algorithm=algorithm,
+            autodiff=autodiff, rngs=rngs,
         )  # fmt: skip
 
     def __call__(self, inputs: Any, output_size: Sequence[int] | None = None) -> jax.Array:
