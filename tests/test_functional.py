@@ -329,6 +329,7 @@ def test_unfold_keeps_infinities():
         (lambda: F.unfold(draw(1, 1, 3, 3), 2, stride=0), "stride must be at least 1, got 0"),
         (lambda: F.unfold(draw(1, 1, 3, 3), (2, 2, 2)), "kernel_size must be an int or 2 ints, got 3"),
         (lambda: F.unfold(draw(1, 1, 3, 3), 2, padding=-1), "padding must be at least 0"),
+        (lambda: F.unfold(draw(1, 1, 3, 3), (2,)), "kernel_size must be an int or 2 ints, got 1"),
         (
             lambda: F.fold(draw(1, 7, 4), 3, 2),
             r"7 rows in each column, which kernel_size \(2, 2\) \(4\) does not divide",

@@ -11,12 +11,12 @@ from jconv.errors import ConvError, ConvTypeError
 from jconv.problem import integer
 
 
-def per_axis(name: str, value: Any, n: int, minimum: int) -> tuple[int, ...]:
-    """An int, a sequence of one int, or a sequence of ``n`` ints of at least ``minimum``, as ``n`` ints."""
+def per_axis(name: str, value: Any, n: int, minimum: int, single: bool = True) -> tuple[int, ...]:
+    """An int, a sequence of one int (if ``single``), or of ``n`` ints of at least ``minimum``, as ``n`` ints."""
     if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
         return (integer(name, value, minimum),) * n
     numbers = tuple(integer(f"{name}[{i}]", v, minimum) for i, v in enumerate(value))
-    if len(numbers) == 1:
+    if single and len(numbers) == 1:
         return numbers * n
     if len(numbers) != n:
         raise ConvError(f"{name} must be an int or {n} ints, got {len(numbers)} of them: {numbers}")

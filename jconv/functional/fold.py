@@ -70,7 +70,7 @@ def fold(
         raise ConvError(f"input must be (N, C * kH * kW, L) or without N, got shape {x.shape}")
     if x.ndim == 2:
         return lax.squeeze(fold(lax.expand_dims(x, (0,)), output_size, kernel_size, dilation, padding, stride), (0,))
-    size = per_axis("output_size", output_size, 2, 1)
+    size = per_axis("output_size", output_size, 2, 1, single=False)
     grid = _Grid(size, kernel_size, dilation, padding, stride)
     (kh, kw), (lh, lw) = grid.kernel_size, grid.positions
     batch, columns, length = x.shape
@@ -99,10 +99,10 @@ class _Grid:
     """Where a window stands on an image."""
 
     def __init__(self, size: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any):
-        self.kernel_size = per_axis("kernel_size", kernel_size, 2, 1)
-        self.dilation = per_axis("dilation", dilation, 2, 1)
-        self.padding = per_axis("padding", padding, 2, 0)
-        self.stride = per_axis("stride", stride, 2, 1)
+        self.kernel_size = per_axis("kernel_size", kernel_size, 2, 1, single=False)
+        self.dilation = per_axis("dilation", dilation, 2, 1, single=False)
+        self.padding = per_axis("padding", padding, 2, 0, single=False)
+        self.stride = per_axis("stride", stride, 2, 1, single=False)
         self.positions = tuple(
             (s + 2 * p - d * (k - 1) - 1) // t + 1
             for s, k, d, p, t in zip(size, self.kernel_size, self.dilation, self.padding, self.stride, strict=True)
