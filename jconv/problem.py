@@ -316,7 +316,7 @@ def _pads(padding: Any, spatial: Any, window: Any, strides: Any, lhs_dilation: A
             raise ConvError(
                 f"padding must be 'SAME', 'SAME_LOWER', 'VALID' or {n} (low, high) pairs, got {padding!r}"
             ) from None
-        return tuple((lo, hi) for lo, hi in pads)
+        return tuple((_pad(lo), _pad(hi)) for lo, hi in pads)
     try:
         pads = tuple((_pad(lo), _pad(hi)) for lo, hi in padding)
     except (TypeError, ValueError):
