@@ -18,6 +18,7 @@ from jconv.functional.arguments import padding_pairs, per_axis
 from jconv.functional.nd import SPATIAL, convolution, transposed_convolution
 from jconv.functional.pad import pad_axes
 from jconv.lax import conv_transpose
+from jconv.planner import named
 from jconv.problem import integer
 
 
@@ -57,6 +58,9 @@ def check_layer(layer: Layer, in_channels: int) -> None:
         raise ConvError(f"padding_mode must be one of {modes}, got {layer.padding_mode!r}")
     if layer.transposed and isinstance(layer.padding, str):
         raise ConvError(f"padding of a transposed convolution must be numbers, got {layer.padding!r}")
+    named(layer.algorithm)
+    if layer.autodiff not in ("primitive", "custom_vjp"):
+        raise ConvError(f"autodiff must be 'primitive' or 'custom_vjp', got {layer.autodiff!r}")
     _pads(layer)
     _spatial_axes(layer)
 

@@ -71,32 +71,40 @@ def plan(problem: ConvProblem, platform: str) -> Plan:
     return Plan(problem, device, best.algorithm, "the smallest estimate", candidates)
 
 
-def resolve(algorithm: Any, problem: ConvProblem) -> Algorithm | None:
+def named(algorithm: Any) -> Algorithm | None:
     """The algorithm that a caller named, or None for ``"auto"``.
 
     Raises:
-        AlgorithmError: if no algorithm has that name, or if it cannot serve the problem.
+        AlgorithmError: if no algorithm has that name.
+        ConvTypeError: if it is neither a name nor an Algorithm that can be a key.
     """
     if isinstance(algorithm, str):
         if algorithm == "auto":
             return None
-        named = [a for a in ALGORITHMS if a.name == algorithm]
-        if not named:
-            raise AlgorithmError(
-                f"algorithm must be 'auto' or one of {', '.join(a.name for a in ALGORITHMS)}, got {algorithm!r}"
-            )
-        algorithm = named[0]
+        for candidate in ALGORITHMS:
+            if candidate.name == algorithm:
+                return candidate
+        names = ", ".join(a.name for a in ALGORITHMS)
+        raise AlgorithmError(f"algorithm must be 'auto' or one of {names}, got {algorithm!r}")
     if not isinstance(algorithm, Algorithm) or isinstance(algorithm, type):
         raise ConvTypeError(f"algorithm must be a name or an Algorithm, got {algorithm!r}")
     if type(algorithm).__hash__ is None:
         raise ConvTypeError(f"algorithm {algorithm.name!r} is not hashable; make its class a dataclass(frozen=True)")
-    refusal = algorithm.why_not(problem)
-    if refusal is not None:
-        able = [a.name for a in ALGORITHMS if a.why_not(problem) is None]
-        raise AlgorithmError(
-            f"algorithm {algorithm.name!r} cannot serve this convolution: it {refusal}; these can: {', '.join(able)}"
-        )
     return algorithm
+
+
+def resolve(algorithm: Any, problem: ConvProblem) -> Algorithm | None:
+    """As :func:`named`, for a problem that the algorithm must be able to serve.
+
+    Raises:
+        AlgorithmError: if it cannot, with its own reason and the names of those that can.
+    """
+    wish = named(algorithm)
+    refusal = None if wish is None else wish.why_not(problem)
+    if wish is not None and refusal is not None:
+        able = ", ".join(a.name for a in ALGORITHMS if a.why_not(problem) is None)
+        raise AlgorithmError(f"algorithm {wish.name!r} cannot serve this convolution: it {refusal}; these can: {able}")
+    return wish
 
 
 def choose(problem: ConvProblem, wish: Algorithm | None, platform: str) -> Algorithm:

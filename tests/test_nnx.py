@@ -329,7 +329,7 @@ def test_algorithm_and_autodiff_reach_the_convolution(name):
 
     close(nnx.grad(loss)(named)["kernel"][...], nnx.grad(loss)(plain)["kernel"][...])
     with pytest.raises(jconv.AlgorithmError, match="nonsense"):
-        float64_layer(name, 3, 4, 3, algorithm="nonsense")(x)
+        float64_layer(name, 3, 4, 3, algorithm="nonsense")
 
 
 BAD = [
@@ -351,6 +351,8 @@ BEYOND_TORCH = [
     ("Conv2d", {"padding": ((1, 1),)}, "2 \\(low, high\\) pairs"),
     ("Conv2d", {"dilation": (1, 1.5)}, "dilation"),
     ("Conv2d", {"data_format": "NWC"}, "data_format must be one of \\('NHWC', 'NCHW'\\), got 'NWC'"),
+    ("Conv2d", {"algorithm": "winogrand"}, "algorithm must be 'auto' or one of"),
+    ("Conv2d", {"autodiff": "both"}, "autodiff must be"),
     ("ConvTranspose2d", {"padding": "same"}, "padding of a transposed convolution"),
     ("ConvTranspose2d", {"output_padding": (1, -1)}, "output_padding"),
 ]
