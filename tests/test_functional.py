@@ -236,7 +236,22 @@ def test_gradients_as_functions(case, algorithm):
 
 
 def pads_of(axes):
-    for row in ((1, 2), (0, 3), (2, 0), (-1, 2), (2, -1), (-1, -2), (0, 0), (3, 3)):
+    rows = (
+        (1, 2),
+        (0, 3),
+        (2, 0),
+        (-1, 2),
+        (2, -1),
+        (-1, -2),
+        (0, 0),
+        (3, 3),
+        (-4, 2),
+        (2, -4),
+        (-5, 3),
+        (-4, 0),
+        (-9, 3),
+    )
+    for row in rows:
         yield row * axes
     if axes > 1:
         yield (1, 2, 0, -1, 2, 1)[: 2 * axes]
@@ -248,6 +263,13 @@ def test_pad(mode, axes, extra):
     x = draw(*(2, 3)[:extra], *(5, 4, 6)[:axes])
     for pads in pads_of(axes):
         tensor = torch.from_numpy(x).requires_grad_()
+        if mode == "circular" and any(
+            max(pads[2 * i : 2 * i + 2]) > n + min(pads[2 * i], 0) + min(pads[2 * i + 1], 0)
+            for i, n in enumerate(reversed(x.shape[-axes:]))
+        ):
+            with pytest.raises(jconv.ConvError):  # torch hands out memory that it never wrote, or its own error
+                F.pad(x, pads, mode)
+            continue
         try:
             expected = TF.pad(tensor, pads, mode)
         except (RuntimeError, NotImplementedError):
@@ -259,6 +281,20 @@ def test_pad(mode, axes, extra):
         g = draw(*expected.shape, seed=2)
         expected.backward(torch.from_numpy(g))
         assert_close(pull(jnp.asarray(g))[0], tensor.grad.numpy(), "auto", np.float64)
+
+
+@pytest.mark.parametrize("mode", ("reflect", "replicate", "circular"))
+@pytest.mark.parametrize("shape", ((1, 2, 0), (1, 0, 4), (0, 2, 4)))
+@pytest.mark.parametrize("pads", ((0, 0), (1, 1)))
+def test_pad_of_nothing(mode, shape, pads):
+    x = np.zeros(shape)
+    try:
+        expected = TF.pad(torch.from_numpy(x), pads, mode).numpy()
+    except RuntimeError:
+        with pytest.raises(jconv.ConvError):
+            F.pad(x, pads, mode)
+        return
+    np.testing.assert_array_equal(F.pad(x, pads, mode), expected)
 
 
 def test_pad_keeps_dtype_and_value():
@@ -329,6 +365,7 @@ def test_unfold_keeps_infinities():
         (lambda: F.unfold(draw(1, 1, 3, 3), 2, stride=0), "stride must be at least 1, got 0"),
         (lambda: F.unfold(draw(1, 1, 3, 3), (2, 2, 2)), "kernel_size must be an int or 2 ints, got 3"),
         (lambda: F.unfold(draw(1, 1, 3, 3), 2, padding=-1), "padding must be at least 0"),
+        (lambda: F.unfold(np.zeros((1, 0, 3, 3)), 2), "nothing else that is empty"),
         (lambda: F.unfold(draw(1, 1, 3, 3), (2,)), "kernel_size must be an int or 2 ints, got 1"),
         (
             lambda: F.fold(draw(1, 7, 4), 3, 2),

@@ -166,3 +166,15 @@ def test_ci_calls_the_readmes_commands():
 
 def test_version_is_in_the_changelog():
     assert f"## {jconv.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_plan_in_the_readme_is_what_is_printed():
+    """The figures of the cost model, as the README shows them."""
+    import jax
+    import jax.numpy as jnp
+
+    x, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 56, 56, 144), (3, 3, 1, 144)))
+    p = jconv.plan(
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=144, platform="cpu"
+    )
+    assert str(p) in (ROOT / "README.md").read_text()

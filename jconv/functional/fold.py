@@ -36,6 +36,8 @@ def unfold(input: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, st
         raise ConvError(f"input must be (N, C, H, W) or (C, H, W), got shape {x.shape}")
     if x.ndim == 3:
         return lax.squeeze(unfold(lax.expand_dims(x, (0,)), kernel_size, dilation, padding, stride), (0,))
+    if 0 in x.shape[1:]:
+        raise ConvError(f"input may have an empty batch and nothing else that is empty, got shape {x.shape}")
     grid = _Grid(x.shape[2:], kernel_size, dilation, padding, stride)
     (ph, pw), (lh, lw) = grid.padding, grid.positions
     x = jnp.pad(x, ((0, 0), (0, 0), (ph, ph), (pw, pw)))

@@ -57,6 +57,10 @@ def pad(input: Any, pad: Sequence[int], mode: str = "constant", value: float | N
             f"mode {mode!r} pads the last 1, 2 or 3 axes of an input with one or two axes more, "
             f"got {axes} padded axes of shape {x.shape}"
         )
+    if mode != "circular" and 0 in x.shape[x.ndim - axes - 1 :]:
+        raise ConvError(f"mode {mode!r} pads an input of which only the batch may be empty, got shape {x.shape}")
+    if mode != "circular" and all(x.shape[axis] + low + high < 1 for axis, (low, high) in pairs.items()):
+        raise ConvError(f"pad {tuple(numbers)} leaves nothing of the input, of shape {x.shape}; crop less")
     return pad_axes(x, pairs, mode)
 
 
@@ -73,7 +77,7 @@ def pad_axes(x: jax.Array, pairs: Mapping[int, tuple[int, int]], mode: str) -> j
 
 def _constant(x: jax.Array, pairs: dict[int, tuple[int, int]], value: Any) -> jax.Array:
     for axis, (low, high) in pairs.items():
-        if x.shape[axis] + low + high < 0:
+        if x.shape[axis] + min(low, 0) + min(high, 0) < 0:
             raise ConvError(f"pad {(low, high)} crops more than axis {axis} has: {x.shape[axis]} elements")
     config = [(*pairs.get(axis, (0, 0)), 0) for axis in range(x.ndim)]
     try:
@@ -89,25 +93,26 @@ def _reflect(x: jax.Array, axis: int, low: int, high: int) -> jax.Array:
         raise ConvError(f"reflect padding {(low, high)} must be smaller than axis {axis} of the input: {size} elements")
     before = lax.rev(lax.slice_in_dim(x, 1, 1 + max(low, 0), axis=axis), (axis,))
     after = lax.rev(lax.slice_in_dim(x, size - 1 - max(high, 0), size - 1, axis=axis), (axis,))
-    return _join(before, _cropped(x, axis, low, high), after, axis)
+    return _cropped(_join(before, x, after, axis), axis, low, high)
 
 
 def _replicate(x: jax.Array, axis: int, low: int, high: int) -> jax.Array:
     size = x.shape[axis]
-    if size == 0:
+    if is_static(size) and size == 0:
         raise ConvError(f"replicate padding needs an edge to repeat, but axis {axis} of the input is empty")
     first, last = lax.slice_in_dim(x, 0, 1, axis=axis), lax.slice_in_dim(x, size - 1, size, axis=axis)
     before, after = jnp.repeat(first, max(low, 0), axis), jnp.repeat(last, max(high, 0), axis)
-    return _join(before, _cropped(x, axis, low, high), after, axis)
+    return _cropped(_join(before, x, after, axis), axis, low, high)
 
 
 def _circular(x: jax.Array, axis: int, low: int, high: int) -> jax.Array:
-    if max(low, high) > x.shape[axis]:
-        raise ConvError(
-            f"circular padding {(low, high)} would wrap axis {axis} of the input more than once: it has {x.shape[axis]} elements"
-        )
+    """Negative entries crop first; what is left then wraps."""
     x = _cropped(x, axis, low, high)
     size = x.shape[axis]
+    if is_static(size) and max(low, high) > size:
+        raise ConvError(
+            f"circular padding {(low, high)} would wrap axis {axis} of the input more than once: it has {size} elements"
+        )
     before = lax.slice_in_dim(x, size - max(low, 0), size, axis=axis)
     after = lax.slice_in_dim(x, 0, max(high, 0), axis=axis)
     return _join(before, x, after, axis)
@@ -121,11 +126,13 @@ _MODES: dict[str, Callable[[jax.Array, int, int, int], jax.Array]] = {
 
 
 def _cropped(x: jax.Array, axis: int, low: int, high: int) -> jax.Array:
+    """``x`` without what the negative entries take."""
     start, stop = max(-low, 0), x.shape[axis] - max(-high, 0)
-    if stop <= start:
-        raise ConvError(f"pad {(low, high)} leaves nothing of axis {axis}, which has {x.shape[axis]} elements")
-    return lax.slice_in_dim(x, start, stop, axis=axis)
+    if is_static(stop) and stop < start:
+        raise ConvError(f"pad {(low, high)} crops more than axis {axis} of the input has")
+    return x if low >= 0 and high >= 0 else lax.slice_in_dim(x, start, stop, axis=axis)
 
 
 def _join(before: jax.Array, x: jax.Array, after: jax.Array, axis: int) -> jax.Array:
-    return lax.concatenate([part for part in (before, x, after) if part.shape[axis] > 0], axis)
+    parts = [part for part in (before, after) if part.shape[axis] == 0]
+    return x if len(parts) == 2 else lax.concatenate([before, x, after], axis)
