@@ -280,6 +280,9 @@ def test_pad(mode, axes, extra):
         np.testing.assert_array_equal(out, expected.detach().numpy(), err_msg=str(pads))
         g = draw(*expected.shape, seed=2)
         expected.backward(torch.from_numpy(g))
+        if g.size == 0:  # of an empty result torch's gradient is memory that it never wrote
+            assert not np.asarray(pull(jnp.asarray(g))[0]).any()
+            continue
         assert_close(pull(jnp.asarray(g))[0], tensor.grad.numpy(), "auto", np.float64)
 
 
