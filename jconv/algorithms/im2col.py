@@ -105,26 +105,30 @@ def _kernel_gradient(problem: ConvProblem, x: jax.Array, g: jax.Array) -> jax.Ar
     spatial, result = tuple(range(1, problem.spatial_rank + 1)), problem.output_shape[2:]
     x = pad_and_dilate(problem, x, spatial)
     starts = [tuple(t * s for t, s in zip(tap, problem.strides, strict=True)) for tap in np.ndindex(*result)]
-    rows = (0, *spatial)
     if _on_cotangent(problem):
         zero, sizes = jnp.zeros((), g.dtype), x.shape[1:-1]
         shifted = [
             lax.pad(g, zero, [(0, 0, 0), *((a, n - a - o, 0) for a, n, o in zip(start, sizes, problem.window, strict=True)), (0, 0, 0)])
             for start in starts
         ]  # fmt: skip
-        columns = lax.concatenate(shifted, g.ndim - 1)
-        out = lax.dot_general(x, columns, ((rows, rows), ((), ())), **options(problem))
-        return from_gradient(problem, jnp.moveaxis(out.reshape(x.shape[-1], *result, g.shape[-1]), 0, -2))
-    if x.shape[-1] < _NARROW:
+        columns, x = lax.concatenate(shifted, g.ndim - 1), x.reshape(-1, x.shape[-1])
+        out = _by_rows(problem, x, columns.reshape(x.shape[0], -1))
+        return from_gradient(problem, jnp.moveaxis(out.reshape(-1, *result, g.shape[-1]), 0, -2))
+    features = x.shape[-1]
+    if features < _NARROW:
         x = jnp.moveaxis(x, -1, 0)
         slices = [strided(x, [a + 1 for a in spatial], s, problem.window, problem.rhs_dilation) for s in starts]
-        contracted = tuple(a + 1 for a in rows)
-        out = lax.dot_general(lax.concatenate(slices, 0), g, ((contracted, rows), ((), ())), **options(problem))
+        columns = lax.concatenate(slices, 0).reshape(len(starts) * features, -1)
+        out = lax.dot(columns, g.reshape(-1, g.shape[-1]), **options(problem))
     else:
         slices = [strided(x, spatial, s, problem.window, problem.rhs_dilation) for s in starts]
-        columns = lax.concatenate(slices, x.ndim - 1)
-        out = lax.dot_general(columns, g, ((rows, rows), ((), ())), **options(problem))
-    return from_gradient(problem, out.reshape(*result, -1, g.shape[-1]))
+        columns = lax.concatenate(slices, x.ndim - 1).reshape(-1, len(starts) * features)
+        out = _by_rows(problem, columns, g.reshape(columns.shape[0], -1))
+    return from_gradient(problem, out.reshape(*result, features, g.shape[-1]))
+
+
+def _by_rows(problem: ConvProblem, a: jax.Array, b: jax.Array) -> jax.Array:
+    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), **options(problem))
 
 
 def _on_cotangent(problem: ConvProblem) -> bool:

@@ -35,7 +35,11 @@ class Patches:
     def why_not(self, problem: ConvProblem) -> str | None:
         if problem.groups > 1:
             return f"needs one group, got {problem.groups}"
-        if problem.is_pointwise or not any((_forward(problem), _upward(problem), _gradient(problem))):
+        if (
+            problem.is_pointwise
+            or prod(problem.output_shape[2:]) == 1
+            or not any((_forward(problem), _upward(problem), _gradient(problem)))
+        ):
             return f"needs a stride that is the window, got {problem.strides} and {problem.window}"
         return refuse_unsized(problem)
 
@@ -56,9 +60,10 @@ class Patches:
         if _gradient(problem):
             x, g = gradient_operands(problem, lhs, rhs)
             x = _in_patches(problem, x, g.shape[1:-1], problem.output_shape[2:])
-            patch = tuple(range(1, 2 * n, 2))
-            out = lax.dot_general(x, g, (((0, *patch), tuple(range(n + 1))), ((), ())), **options(problem))
-            return from_gradient(problem, out)
+            x = x.transpose(0, *range(1, 2 * n, 2), *range(2, 2 * n + 1, 2), 2 * n + 1)
+            x, g = x.reshape(prod(g.shape[:-1]), -1), g.reshape(-1, g.shape[-1])
+            out = lax.dot_general(x, g, (((0,), (0,)), ((), ())), **options(problem))
+            return from_gradient(problem, out.reshape(*problem.output_shape[2:], -1, g.shape[-1]))
         x, w = channel_last(problem, lhs, rhs)
         if _forward(problem):
             if problem.reversed:

@@ -75,8 +75,9 @@ def _kernel_gradient(problem: ConvProblem, x: jax.Array, g: jax.Array) -> jax.Ar
     spatial = range(1, problem.spatial_rank + 1)
     x = pad_and_dilate(problem, x, tuple(spatial))
     x = strided(x, spatial, (0,) * len(spatial), problem.window, problem.rhs_dilation)
-    rows = (0, *spatial)
-    out = lax.dot_general(x, g, ((rows, rows), ((), ())), **options(problem))
+    # Rows first: XLA:CPU multiplies two matrices along their rows in place, but copies what has more axes.
+    x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    out = lax.dot_general(x, g, (((0,), (0,)), ((), ())), **options(problem))
     return from_gradient(problem, out.reshape(*(1,) * len(spatial), *out.shape))
 
 

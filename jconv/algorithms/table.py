@@ -2,6 +2,7 @@
 
 from jconv.algorithms.base import Algorithm
 from jconv.algorithms.direct import Direct
+from jconv.algorithms.fft import Fft
 from jconv.algorithms.fold import Fold
 from jconv.algorithms.im2col import Im2col
 from jconv.algorithms.patches import Patches
@@ -19,6 +20,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     Winograd("winograd4", tile=4, accuracy="loose"),
     Im2col(),
     Fold(),
+    Fft(),
     Volume(Xla()),
     Phase(Xla()),
     Xla(),
