@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +11,7 @@ from jconv.algorithms.table import ALGORITHMS
 from jconv.device import Device, device_for
 from jconv.errors import AlgorithmError, ConvTypeError
 from jconv.problem import ConvProblem, is_static
+from jconv.store import Pairs, measured
 
 _BATCH_GUESS = 8
 _XLA = ALGORITHMS[-1]
@@ -18,12 +19,13 @@ _XLA = ALGORITHMS[-1]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row of a plan: an algorithm with its cost, or with the reason for its refusal."""
+    """One row of a plan: an algorithm with its cost and the time that was measured, or the reason for its refusal."""
 
     algorithm: Algorithm
     cost: Cost | None
     time_ns: int | None
     refusal: str | None
+    measured_ns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,33 +39,46 @@ class Plan:
     candidates: tuple[Candidate, ...]
 
     def __str__(self) -> str:
-        rows = [("algorithm", "estimate", "GFLOP", "MB moved", "MB workspace", "")]
+        rows = [("algorithm", "estimate", "measured", "GFLOP", "MB moved", "MB workspace", "")]
         for c in self.candidates:
             mark = "<- chosen" if c.algorithm == self.algorithm else ""
             if c.cost is None or c.time_ns is None:
-                rows.append((c.algorithm.name, "refused", "", "", "", f"{c.refusal}"))
+                rows.append((c.algorithm.name, "refused", "", "", "", "", f"{c.refusal}"))
             else:
                 note = " ".join(filter(None, (c.refusal, mark)))
+                known = "" if c.measured_ns is None else _time(c.measured_ns)
                 rows.append(
-                    (c.algorithm.name, _time(c.time_ns), f"{c.cost.flops / 1e9:.3g}",
+                    (c.algorithm.name, _time(c.time_ns), known, f"{c.cost.flops / 1e9:.3g}",
                      f"{c.cost.bytes / 1e6:.3g}", f"{c.cost.workspace / 1e6:.3g}", note)
                 )  # fmt: skip
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        if not any(c.measured_ns for c in self.candidates):
+            rows = [(*row[:2], *row[3:]) for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
         lines = [
-            "  "
-            + "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5)), row[5]]).rstrip()
+            "  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:]), row[-1]]).rstrip()
             for row in rows
         ]
         head = f"{self.problem}\non {self.device.platform}: {self.algorithm.name} ({self.reason})"
         return "\n".join([head, *lines])
 
 
-@lru_cache(maxsize=4096)
 def plan(problem: ConvProblem, platform: str) -> Plan:
-    """The fastest admissible algorithm by the cost model; a vendor's kernels where the device has them."""
+    """The fastest admissible algorithm by what was measured on this device, else by the cost model; a vendor's
+    kernels where the device has them and nothing was measured."""
+    return plan_given(problem, platform, measured(problem, platform))
+
+
+@lru_cache(maxsize=4096)
+def plan_given(problem: ConvProblem, platform: str, times: Pairs) -> Plan:
+    """As :func:`plan`, where ``times`` are the measurements: (algorithm, nanoseconds or why it failed) pairs."""
     device = device_for(platform)
     sized = _sized(problem)
     candidates = tuple(_candidate(algorithm, problem, sized, device) for algorithm in ALGORITHMS)
+    known = tuple(_with_measurement(c, dict(times).get(c.algorithm.name)) for c in candidates)
+    ran = [c for c in known if c.refusal is None and c.measured_ns is not None]
+    if ran:
+        best = min(ran, key=lambda c: c.measured_ns or 0)
+        return Plan(problem, device, best.algorithm, "the fastest measured", known)
     admitted = [c for c in candidates if c.refusal is None and c.time_ns is not None]
     if device.vendor_default:
         return Plan(problem, device, _XLA, f"the vendor's kernels are the default on {platform}", candidates)
@@ -123,6 +138,12 @@ def _candidate(algorithm: Algorithm, problem: ConvProblem, sized: ConvProblem, d
     if cost.workspace > device.workspace_limit:
         refusal = f"needs {cost.workspace >> 20} MiB of workspace, the limit is {device.workspace_limit >> 20}"
     return Candidate(algorithm, cost, time_ns, refusal)
+
+
+def _with_measurement(candidate: Candidate, found: int | str | None) -> Candidate:
+    if isinstance(found, str) and candidate.refusal is None:
+        return replace(candidate, refusal=f"failed when it was timed: {found}")
+    return replace(candidate, measured_ns=found) if isinstance(found, int) else candidate
 
 
 def _sized(problem: ConvProblem) -> ConvProblem:
