@@ -188,7 +188,6 @@ def tune_problems(problems: Iterable[ConvProblem], *, seconds: float = 0.5, agai
     Raises:
         ConvError: if ``seconds`` is not a number of at least 0.
 
-    >>> from jconv import ConvProblem
     >>> p = ConvProblem.of(jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 3, 3)), (1, 1), "SAME")
     >>> tune_problems([p, p], seconds=0).rows[0].problem == p
     True
@@ -321,7 +320,19 @@ def read_problems(
 
 
 def in_directions(forward: ConvProblem, directions: Sequence[str]) -> list[ConvProblem]:
-    """A convolution and its gradients: ``"forward"``, ``"input"``, ``"weight"``."""
+    """A convolution and its gradients.
+
+    Args:
+        forward: the convolution.
+        directions: any of ``"forward"``, ``"input"``, ``"weight"``.
+
+    Raises:
+        ConvError: for another direction.
+
+    >>> p = ConvProblem.of(jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 3, 3)), (1, 1), "SAME")
+    >>> [q.output_shape for q in in_directions(p, ["input", "weight"])]
+    [(1, 3, 8, 8), (3, 4, 3, 3)]
+    """
     for direction in directions:
         if direction not in DIRECTIONS:
             raise ConvError(f"directions must be of {', '.join(DIRECTIONS)}, got {direction!r}")
@@ -416,7 +427,14 @@ def _progress(problems: list[ConvProblem]) -> Generator[ConvProblem]:
 
 
 def dtype_of(name: str) -> np.dtype:
-    """The dtype of that name; a ConvError if there is none, or if JAX has switched it off."""
+    """The dtype of a name.
+
+    Raises:
+        ConvError: if no number's dtype has it, or if JAX has switched its 64 bits off.
+
+    >>> dtype_of("bfloat16").itemsize
+    2
+    """
     try:
         dtype = np.dtype(name)
         if not jnp.issubdtype(dtype, jnp.number):

@@ -100,8 +100,10 @@ before = set(sys.modules)
 import jconv
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 assert not new & {"flax", "torch", "safetensors", "rich", "optax", "matplotlib", "platformdirs"}, new
-jconv.nnx, jconv.linen, jconv.interop, jconv.tune
-assert "flax" in sys.modules and not {"torch", "rich", "typer", "platformdirs"} & set(sys.modules)
+jconv.tune
+assert not {"flax", "rich", "typer", "platformdirs"} & set(sys.modules)
+jconv.nnx, jconv.linen, jconv.interop
+assert "flax" in sys.modules and "torch" not in sys.modules
 assert {"nnx", "linen", "interop", "tune", "tuning"} <= set(dir(jconv))
 try:
     jconv.nonsense

@@ -160,15 +160,15 @@ def test_keys_tell_places_apart(monkeypatch, field, value):
     assert not store.measured(DENSE, "cpu")
 
 
-def test_threads_follow_affinity_and_xlas_variables():
-    code = "from jconv import store; print(store.here('cpu').threads)"
-    pin = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
-
-    def threads(code, **more):
-        return int(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **more}))
-
-    assert threads(pin + code) == 1
-    assert threads(code, NPROC="7") == 7 and threads(code, NPROC="7", PJRT_NPROC="5") == 5
+def test_threads_follow_affinity_and_xlas_variables(monkeypatch):
+    for variable in ("NPROC", "PJRT_NPROC"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 8}, raising=False)
+    assert store._threads() == 3
+    monkeypatch.setenv("NPROC", "7")
+    assert store._threads() == 7
+    monkeypatch.setenv("PJRT_NPROC", "5")
+    assert store._threads() == 5
 
 
 PRECISIONS = (
