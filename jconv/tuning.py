@@ -29,7 +29,10 @@ from jconv.errors import ConvError
 from jconv.planner import plan_given
 from jconv.problem import ConvProblem, integer
 
-__all__ = ["DIRECTIONS", "Report", "Row", "export_measurements", "import_measurements", "read_problems", "tune", "tune_problems"]  # fmt: skip
+__all__ = [
+    "DIRECTIONS", "Report", "Row", "export_measurements", "import_measurements", "in_directions", "read_problems",
+    "tune", "tune_problems",
+]  # fmt: skip
 
 DIRECTIONS: dict[str, Callable[[ConvProblem], ConvProblem]] = {
     "forward": lambda problem: problem,
@@ -38,10 +41,11 @@ DIRECTIONS: dict[str, Callable[[ConvProblem], ConvProblem]] = {
 }
 CHANNEL_LAST = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 
-_TURNS = 11
+_TURNS = 31
 _SAMPLE_NS = 1_000_000
 _MOST_REPEATS = 100
 _LEAST_TURNS = 3
+_SHORT_NS = 20_000_000
 _LONG_NS = 1_000_000_000
 _now: Callable[[], int] = time.perf_counter_ns
 
@@ -149,9 +153,9 @@ def tune(fn: Callable[..., Any], *args: Any, seconds: float = 0.5, again: bool =
 
     ``fn`` is traced and not run. Each problem is timed alone, with random operands of its shapes, on JAX's default
     device: wall time, programs compiled before, medians of runs that take turns. What is more than twice as slow as
-    the best after two runs is not run again. Every finished problem is in the store at once, so that an interrupt
-    loses none. Programs that were compiled before keep the algorithms that they have: tune first, or call
-    ``jax.clear_caches()``.
+    the best is not run again after its second run (a short one after its fourth). Every finished problem is in the
+    store at once, so that an interrupt loses none. Programs that were compiled before keep the algorithms that they
+    have: tune first, or call ``jax.clear_caches()``. Times are worth what the machine's quiet is worth.
 
     Args:
         fn: a function of arrays, ``jax.grad(loss)`` or a train step among them, whose gradients are then found too.
@@ -276,9 +280,10 @@ def read_problems(
     """The problems of a file.
 
     Args:
-        path: either a JSON list of rows in oneDNN's letters (``nd``, ``mb``, ``g``, ``ic``, ``oc``, ``deconv``, and for
-            each spatial axis d, h, w: ``i`` input, ``o`` output, ``k`` window, ``s`` stride, ``p`` and ``pr`` low and high
-            padding, ``d`` kernel dilation from 1), read channel-last; or a file of :func:`export_measurements`.
+        path: either a JSON list of rows in oneDNN's letters (``nd``, ``mb``, ``g``, ``ic``, ``oc``, ``deconv``, and
+            for each spatial axis d, h, w: ``i`` input, ``o`` output, ``k`` window, ``s`` stride, ``p`` and ``pr`` low
+            and high padding, ``d`` kernel dilation from 1), read channel-last; or a file of
+            :func:`export_measurements`.
         dtype: of the rows; an export has its own.
         directions: of the rows: ``"forward"``, and the gradients ``"input"`` and ``"weight"``; an export lists
             each apart.
@@ -401,8 +406,10 @@ def _race(programs: dict[str, Callable[[], Callable[[], Any]]], seconds: float) 
 
 
 def _clear_loser(samples: list[int], best: int) -> bool:
-    """Above twice the best in each of two runs, or in one that took a second."""
-    return min(samples) > 2 * best and (len(samples) > 1 or samples[0] > _LONG_NS)
+    """Above twice the best in each run. A short program gets four runs: one hiccup could make it lose two, and little
+    is gained by stopping it. Two do for a longer one, and one does if it took a second."""
+    runs, spent = len(samples), sum(samples)
+    return min(samples) > 2 * best and (runs >= 4 or (runs >= 2 and spent > _SHORT_NS) or spent > _LONG_NS)
 
 
 def _sample(run: Callable[[], Any], before: list[int]) -> int:
@@ -466,7 +473,7 @@ def _records(path: Path, content: bytes) -> list[tuple[store.Key, store.Times]]:
     if bad:
         raise ConvError(
             f"path {str(path)!r} is no whole file of measurements: line {bad[0]} is no record of schema {store.SCHEMA}; "
-            "export it anew with this version of jconv"
+            "export it anew"
         )
     return good
 
