@@ -13,10 +13,11 @@ groups. A convolution is a contraction, and a transpose renames its letters:
 Along a spatial axis let L, R, O be the sizes of lhs, rhs and the output after dilation (the output's
 dilation being the stride), and lo the low padding: o[i] = sum_t rhs[t] lhs[i + t - lo], 0 <= i < O.
 
-    input gradient     lhs'[i] = sum_t rhs[t] g[i + lo - t]: the reversed window, low padding R - 1 - lo,
-                       high padding what makes the result L long; stride and lhs_dilation swap.
+    input gradient     lhs'[i] = sum_t rhs[t] g[i + lo - t]: the window read from its other end, low padding
+                       R - 1 - lo, high padding what makes the result L long; stride and lhs_dilation swap.
     weight gradient    rhs'[t] = sum_i g[i] lhs[t + i - lo]: low padding lo, high padding what makes the
-                       result R long; stride and rhs_dilation swap, g is the window.
+                       result R long; stride and rhs_dilation swap, g is the window. Where the window was
+                       read from its end, the result is the gradient turned round (:func:`as_weight`).
 """
 
 from __future__ import annotations
@@ -48,11 +49,12 @@ def input_problem(p: ConvProblem) -> ConvProblem:
         dtype=p.out_dtype,
         preferred_element_type=None,
         out_sharding=None,
+        reversed=not p.reversed,
     )
 
 
 def weight_problem(p: ConvProblem) -> ConvProblem:
-    """The convolution of (lhs, output gradient) that is d/drhs."""
+    """The convolution of (lhs, output gradient) that is d/drhs, but for :func:`as_weight`."""
     o = dilated(p.output_shape[2:], p.strides)
     padding = tuple(
         (lo, out - left + r - 1 - lo)
@@ -71,15 +73,19 @@ def weight_problem(p: ConvProblem) -> ConvProblem:
         dtype=p.out_dtype,
         preferred_element_type=None,
         out_sharding=None,
+        reversed=False,
     )
 
 
 def kernel_for_input(p: ConvProblem, rhs: jax.Array) -> jax.Array:
-    """``rhs`` with its window reversed and its groups moved to where :func:`input_problem` reads them."""
-    out_axis, in_axis, *window = p.layout.rhs_spec
-    if p.groups > 1:
-        rhs = merge_axis(split_axis(rhs, out_axis, p.groups), out_axis, in_axis)
-    return lax.rev(rhs, window)
+    """``rhs`` with its groups moved to where :func:`input_problem` reads them."""
+    out_axis, in_axis = p.layout.rhs_spec[:2]
+    return merge_axis(split_axis(rhs, out_axis, p.groups), out_axis, in_axis) if p.groups > 1 else rhs
+
+
+def as_weight(p: ConvProblem, out: jax.Array) -> jax.Array:
+    """The result of :func:`weight_problem` as the gradient of ``p``'s rhs."""
+    return lax.rev(out, p.layout.rhs_spec[2:]) if p.reversed else out
 
 
 def as_input(p: ConvProblem, out: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jconv.adjoint import as_input, input_problem, kernel_for_input, merge_axis, split_axis, weight_problem
+from jconv.adjoint import as_input, as_weight, input_problem, kernel_for_input, merge_axis, split_axis, weight_problem
 from jconv.algorithms.base import Algorithm, lax_convolution
 from jconv.errors import AlgorithmError, ConvError, ConvTypeError
 from jconv.planner import choose, resolve
@@ -101,7 +101,7 @@ def _input_rule(bind: Bind, grad: jax.Array, rhs: jax.Array, p: ConvProblem, out
 
 def _weight_rule(bind: Bind, lhs: jax.Array, grad: jax.Array, p: ConvProblem, out_sharding: Any = None) -> jax.Array:
     out = bind(_cast(lhs, grad.dtype), grad, weight_problem(p).replace(out_sharding=out_sharding))
-    return _cast(out, p.dtype)
+    return _cast(as_weight(p, out), p.dtype)
 
 
 def _cast(x: jax.Array, dtype: Any) -> jax.Array:

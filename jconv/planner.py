@@ -6,8 +6,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from jax import lax
+
 from jconv.algorithms.base import Algorithm, Cost
 from jconv.algorithms.table import ALGORITHMS
+from jconv.algorithms.tiling import InParts, within
 from jconv.device import Device, device_for
 from jconv.errors import AlgorithmError, ConvTypeError
 from jconv.problem import ConvProblem, is_static
@@ -19,12 +22,16 @@ _XLA = ALGORITHMS[-1]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row of a plan: an algorithm with its cost and the time that was measured, or the reason for its refusal."""
+    """One row of a plan: an algorithm with its cost and the time that was measured, or the reason for its refusal.
+
+    ``runner`` is what runs: the algorithm, or the algorithm in parts that keep its workspace under the
+    limit; ``cost`` and ``time_ns`` are of all parts together, but for the workspace."""
 
     algorithm: Algorithm
     cost: Cost | None
     time_ns: int | None
     refusal: str | None
+    runner: Algorithm | None = None
     measured_ns: int | None = None
 
 
@@ -38,6 +45,12 @@ class Plan:
     reason: str
     candidates: tuple[Candidate, ...]
 
+    @property
+    def runner(self) -> Algorithm:
+        """What runs: the algorithm, or the algorithm in parts."""
+        chosen = next(c for c in self.candidates if c.algorithm == self.algorithm)
+        return chosen.runner or self.algorithm
+
     def __str__(self) -> str:
         rows = [("algorithm", "estimate", "measured", "GFLOP", "MB moved", "MB workspace", "")]
         for c in self.candidates:
@@ -45,7 +58,8 @@ class Plan:
             if c.cost is None or c.time_ns is None:
                 rows.append((c.algorithm.name, "refused", "", "", "", "", f"{c.refusal}"))
             else:
-                note = " ".join(filter(None, (c.refusal, mark)))
+                parts = f"in {c.runner.count} parts" if isinstance(c.runner, InParts) else ""
+                note = " ".join(filter(None, (parts, c.refusal, mark)))
                 known = "" if c.measured_ns is None else _time(c.measured_ns)
                 rows.append(
                     (c.algorithm.name, _time(c.time_ns), known, f"{c.cost.flops / 1e9:.3g}",
@@ -123,21 +137,51 @@ def resolve(algorithm: Any, problem: ConvProblem) -> Algorithm | None:
 
 
 def choose(problem: ConvProblem, wish: Algorithm | None, platform: str) -> Algorithm:
-    """``wish`` where it can serve the problem, else the plan's choice."""
+    """``wish`` where it can serve the problem, else the plan's choice; in parts where it needs them."""
     if wish is not None and wish.why_not(problem) is None:
-        return wish
-    return plan(problem, platform).algorithm
+        return within(wish, problem, device_for(platform)) or wish
+    return plan(problem, platform).runner
 
 
 def _candidate(algorithm: Algorithm, problem: ConvProblem, sized: ConvProblem, device: Device) -> Candidate:
     refusal = algorithm.why_not(problem)
     if refusal is not None:
         return Candidate(algorithm, None, None, refusal)
-    cost = algorithm.cost(sized, device)
-    time_ns = 1000 * cost.flops // (device.flops_per_ns * cost.efficiency) + cost.bytes // device.bytes_per_ns
-    if cost.workspace > device.workspace_limit:
-        refusal = f"needs {cost.workspace >> 20} MiB of workspace, the limit is {device.workspace_limit >> 20}"
-    return Candidate(algorithm, cost, time_ns, refusal)
+    whole, runner = algorithm.cost(sized, device), within(algorithm, problem, device)
+    if runner is None:
+        limit = f"needs {whole.workspace >> 20} MiB of workspace, the limit is {device.workspace_limit >> 20}"
+        return Candidate(algorithm, whole, _time_ns(whole, device), limit)
+    refusal = _too_inexact(algorithm, problem)
+    if not isinstance(runner, InParts):
+        return Candidate(algorithm, whole, _time_ns(whole, device), refusal, runner)
+    part = runner.cost(problem, device)
+    cost = replace(
+        part,
+        flops=part.flops * runner.count,
+        bytes=part.bytes * runner.count,
+        kernels=(part.kernels + 2) * runner.count,
+    )
+    return Candidate(algorithm, cost, _time_ns(cost, device), refusal, runner)
+
+
+def _too_inexact(algorithm: Algorithm, problem: ConvProblem) -> str | None:
+    if algorithm.accuracy == "loose":
+        return "runs only when it is named: its error is larger than direct summation's"
+    if algorithm.accuracy == "bounded" and lax.Precision.HIGHEST in _precisions(problem):
+        return "is no direct summation, which precision HIGHEST asks for"
+    return None
+
+
+def _precisions(problem: ConvProblem) -> tuple[Any, ...]:
+    return problem.precision if isinstance(problem.precision, tuple) else (problem.precision,)
+
+
+def _time_ns(cost: Cost, device: Device) -> int:
+    """Arithmetic at its unit's rate, then memory, then launches; threads divide the first two."""
+    rate = {"dot": device.dot, "conv": device.conv, "vector": device.vector, "fft": device.fft}[cost.unit]
+    threads = min(device.threads, cost.threads or device.threads)
+    arithmetic = 1000 * cost.flops // (rate * cost.efficiency * threads)
+    return arithmetic + cost.bytes // (device.bytes_per_ns * threads) + cost.kernels * device.launch_ns
 
 
 def _with_measurement(candidate: Candidate, found: int | str | None) -> Candidate:

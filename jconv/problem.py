@@ -27,7 +27,9 @@ class ConvProblem:
 
     Shapes are in logical order whatever the layout: ``lhs_shape`` is (batch, features, *spatial)
     and ``rhs_shape`` (out features, in features / groups, *window). Padding is explicit and may be
-    negative. Build one with :meth:`of`, which resolves ``'SAME'``, ``'NHWC'`` and ``None``.
+    negative. ``reversed`` says that the window is read from its end, as input gradients do: a kernel
+    need not be copied to be turned round. Build one with :meth:`of`, which resolves ``'SAME'``, ``'NHWC'``
+    and ``None``.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
@@ -50,6 +52,7 @@ class ConvProblem:
     precision: Any = None
     preferred_element_type: np.dtype | None = None
     out_sharding: NamedSharding | PartitionSpec | None = None
+    reversed: bool = False
 
     @classmethod
     def of(
@@ -191,6 +194,7 @@ class ConvProblem:
             ("batch_groups", self.batch_groups, 1),
             ("precision", self.precision, None),
             ("preferred_element_type", self.preferred_element_type, None),
+            ("reversed", self.reversed, False),
         ):
             if value != default:
                 parts.append(f"{name} {value}")

@@ -161,6 +161,7 @@ def problem_to_json(problem: ConvProblem) -> dict[str, Any]:
         "rhs_dilation": list(problem.rhs_dilation),
         "feature_groups": problem.feature_groups,
         "batch_groups": problem.batch_groups,
+        "reversed": problem.reversed,
         "dtype": problem.dtype.name,
         "precision": _precision_to_json(precision),
         "preferred_element_type": None if preferred is None else preferred.name,
@@ -191,7 +192,7 @@ def problem_from_json(data: Any) -> ConvProblem:
             lhs, rhs, data["strides"], data["padding"], data["lhs_dilation"], data["rhs_dilation"], layout,
             data["feature_groups"], data["batch_groups"], _precision_from_json(data["precision"]),
             data["preferred_element_type"],
-        )  # fmt: skip
+        ).replace(reversed=bool(data["reversed"]))  # fmt: skip
     except ConvError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:

@@ -13,6 +13,8 @@ def convolve(p: ConvProblem, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
     wide = np.complex128 if lhs.dtype.kind == "c" else np.int64 if lhs.dtype.kind in "iu" else np.float64
     x = lhs.astype(wide).transpose(p.layout.lhs_spec)
     w = rhs.astype(wide).transpose(p.layout.rhs_spec)
+    if p.reversed:
+        w = np.flip(w, tuple(range(2, w.ndim)))
     x = _pad(p, _with_holes(x, p.lhs_dilation))
     groups, (batch, out_features, *positions) = p.groups, p.output_shape
     out = np.zeros((batch, out_features, *positions), wide)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jconv.device import Device
 from jconv.problem import ConvProblem, is_static
+
+Unit = Literal["dot", "conv", "vector", "fft"]
+Accuracy = Literal["direct", "bounded", "loose"]
 
 
 @dataclass(frozen=True)
@@ -21,15 +27,21 @@ class Cost:
 
     Attributes:
         flops: floating-point operations, two for a multiply-add.
-        bytes: bytes read and written.
+        bytes: bytes read and written outside the unit that does the arithmetic.
         workspace: bytes of temporaries that live at once.
-        efficiency: thousandths of the device's matrix-product rate that the flops run at.
+        efficiency: thousandths of the unit's rate that the flops run at.
+        unit: what does the arithmetic: a matrix product, XLA's convolution, a fused loop, an FFT.
+        kernels: fused loops and library calls that are launched, one after the other.
+        threads: how many threads the arithmetic can use; 0 is as many as there are.
     """
 
     flops: int
     bytes: int
     workspace: int
-    efficiency: int
+    efficiency: int = 1000
+    unit: Unit = "dot"
+    kernels: int = 1
+    threads: int = 0
 
 
 @runtime_checkable
@@ -42,6 +54,12 @@ class Algorithm(Protocol):
         """The name that ``algorithm=`` takes."""
         ...
 
+    @property
+    def accuracy(self) -> Accuracy:
+        """``"direct"``: sums of the products themselves, in some order. ``"bounded"``: other arithmetic whose
+        error is no larger than direct summation's. ``"loose"``: a larger error; runs only when it is named."""
+        ...
+
     def why_not(self, problem: ConvProblem) -> str | None:
         """The reason for a refusal, or None if it can serve the problem."""
         ...
@@ -51,7 +69,8 @@ class Algorithm(Protocol):
         ...
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        """The convolution, in the problem's layout; trusts the problem."""
+        """The convolution, in the problem's layout; trusts the problem. Where ``problem.reversed``, the
+        window is read from its end."""
         ...
 
 
@@ -82,6 +101,78 @@ def pad_and_dilate(problem: ConvProblem, lhs: jax.Array, spatial_axes: Sequence[
     return lax.pad(lhs, jnp.zeros((), lhs.dtype), config)
 
 
+def channel_last(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The operands as (batch, *spatial, features) and (*window, in features, out features)."""
+    lhs_spec, rhs_spec, _ = problem.layout
+    return (
+        lhs.transpose(lhs_spec[0], *lhs_spec[2:], lhs_spec[1]),
+        rhs.transpose(*rhs_spec[2:], rhs_spec[1], rhs_spec[0]),
+    )
+
+
+def gradient_operands(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The operands of a kernel gradient as the image (N, *spatial, C) and the cotangent (N, *positions, K).
+
+    Its problem has batch C and features N: result[t, c, k] sums image[n, s i + d t - lo, c] cotangent[n, i, k]
+    over n and i, with s its ``rhs_dilation`` and d its ``strides``.
+    """
+    lhs_spec, rhs_spec, _ = problem.layout
+    if problem.reversed:
+        rhs = lax.rev(rhs, rhs_spec[2:])
+    return (
+        lhs.transpose(lhs_spec[1], *lhs_spec[2:], lhs_spec[0]),
+        rhs.transpose(rhs_spec[1], *rhs_spec[2:], rhs_spec[0]),
+    )
+
+
+def from_channel_last(problem: ConvProblem, out: jax.Array) -> jax.Array:
+    """(batch, *spatial, features) in the problem's layout."""
+    logical = (0, out.ndim - 1, *range(1, out.ndim - 1))
+    return out.transpose(tuple(logical[i] for i in inverse(problem.layout.out_spec)))
+
+
+def from_gradient(problem: ConvProblem, out: jax.Array) -> jax.Array:
+    """A kernel gradient (*window, C, K) in the problem's layout."""
+    return from_channel_last(problem, jnp.moveaxis(out, -2, 0))
+
+
+def taps(problem: ConvProblem) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """For each tap of the window its index in rhs and the offset in lhs that it reads first."""
+    for tap in np.ndindex(*problem.window):
+        offset = tuple(t * d for t, d in zip(tap, problem.rhs_dilation, strict=True))
+        index = tuple(k - 1 - t for t, k in zip(tap, problem.window, strict=True)) if problem.reversed else tap
+        yield index, offset
+
+
+def strided(
+    x: jax.Array, axes: Sequence[int], start: Sequence[int], sizes: Sequence[int], strides: Sequence[int]
+) -> jax.Array:
+    """``sizes[i]`` elements of ``x`` along ``axes[i]``, ``strides[i]`` apart, from ``start[i]`` on."""
+    low, high, step = [0] * x.ndim, list(x.shape), [1] * x.ndim
+    for axis, a, n, s in zip(axes, start, sizes, strides, strict=True):
+        low[axis], high[axis], step[axis] = a, a + (n - 1) * s + 1, s
+    return lax.slice(x, low, high, step)
+
+
+def accumulator(problem: ConvProblem) -> np.dtype:
+    """Where sums are written out, 16-bit floats are summed in 32 bits, as a product of matrices does."""
+    narrow = jnp.issubdtype(problem.dtype, jnp.floating) and problem.out_dtype.itemsize == 2
+    return np.dtype(np.float32) if narrow else problem.out_dtype
+
+
+def chained_sum(terms: Sequence[jax.Array], chains: int = 4) -> jax.Array:
+    """The sum in ``chains`` independent chains: one alone would wait for each addition before the next."""
+    sums = [functools.reduce(operator.add, terms[i::chains]) for i in range(min(chains, len(terms)))]
+    while len(sums) > 1:
+        sums = [functools.reduce(operator.add, sums[i : i + 2]) for i in range(0, len(sums), 2)]
+    return sums[0]
+
+
+def options(problem: ConvProblem) -> dict[str, Any]:
+    """What a matrix product takes over from the convolution."""
+    return {"precision": problem.precision, "preferred_element_type": problem.preferred_element_type}
+
+
 def inverse(spec: Sequence[int]) -> tuple[int, ...]:
     """The permutation that brings logical order (batch, features, *spatial) into the layout ``spec``."""
     return tuple(spec.index(axis) for axis in range(len(spec)))
@@ -89,6 +180,8 @@ def inverse(spec: Sequence[int]) -> tuple[int, ...]:
 
 def lax_convolution(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """The problem in lax's own words."""
+    if problem.reversed:
+        rhs = lax.rev(rhs, problem.layout.rhs_spec[2:])
     return lax.conv_general_dilated(
         lhs,
         rhs,

@@ -1,8 +1,25 @@
 """Every algorithm, in one visible tuple. ``xla`` stands last and refuses nothing."""
 
 from jconv.algorithms.base import Algorithm
+from jconv.algorithms.direct import Direct
+from jconv.algorithms.fold import Fold
 from jconv.algorithms.im2col import Im2col
+from jconv.algorithms.patches import Patches
+from jconv.algorithms.phase import Phase
 from jconv.algorithms.pointwise import Pointwise
+from jconv.algorithms.volume import Volume
+from jconv.algorithms.winograd import Winograd
 from jconv.algorithms.xla import Xla
 
-ALGORITHMS: tuple[Algorithm, ...] = (Pointwise(), Im2col(), Xla())
+ALGORITHMS: tuple[Algorithm, ...] = (
+    Pointwise(),
+    Patches(),
+    Direct(),
+    Winograd(),
+    Winograd("winograd4", tile=4, accuracy="loose"),
+    Im2col(),
+    Fold(),
+    Volume(Xla()),
+    Phase(Xla()),
+    Xla(),
+)

@@ -8,7 +8,7 @@ from math import prod
 import jax
 import jax.numpy as jnp
 
-from jconv.algorithms.base import Cost, lax_convolution, operand_bytes
+from jconv.algorithms.base import Accuracy, Cost, lax_convolution, operand_bytes
 from jconv.device import Device
 from jconv.problem import ConvProblem
 
@@ -18,6 +18,7 @@ class Xla:
     """``jax.lax.conv_general_dilated``: cuDNN on GPU, the matrix units on TPU, YNNPACK or Eigen on CPU."""
 
     name: str = "xla"
+    accuracy: Accuracy = "direct"
 
     def why_not(self, problem: ConvProblem) -> str | None:
         return None
@@ -25,7 +26,9 @@ class Xla:
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
         flops = 2 * problem.macs // (1 if problem.groups > 1 else prod(problem.lhs_dilation))  # it skips the holes
         efficiency = 850 if device.vendor_default else _cpu_efficiency(problem)
-        return Cost(flops, operand_bytes(problem), 0, efficiency)
+        return Cost(
+            flops, operand_bytes(problem), 0, efficiency, "conv", threads=1 if problem.rhs_shape[0] <= 96 else 0
+        )
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         if problem.is_empty:

@@ -119,8 +119,8 @@ def transposed_convolution(
     problem = ConvProblem.of(
         input, kernel, (1,) * n, inner, stride, dilation, (data_format, kernel_format, data_format), groups, 1,
         precision, preferred_element_type,
-    )  # fmt: skip
-    out = convolve(input, lax.rev(kernel, window_axes), problem, algorithm, autodiff)
+    ).replace(reversed=True)  # fmt: skip
+    out = convolve(input, kernel, problem, algorithm, autodiff)
     out = add_bias(out, bias, data_format)
     return out if batched else lax.squeeze(out, (0,))
 

@@ -1,0 +1,147 @@
+"""A convolution in equal parts, one after the other, so that its temporaries stay under a limit.
+
+Forward, a part is some images, or a band of rows of one image. A kernel gradient is a sum over images
+and rows, so there the parts are summed. Each part is a convolution of the same kind, and all are of
+one shape, so that the loop's body is compiled once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jconv.adjoint import merge_axis
+from jconv.algorithms.base import Accuracy, Algorithm, Cost
+from jconv.device import Device
+from jconv.problem import ConvProblem, is_static
+
+_MOST_BANDS = 256
+
+
+@dataclass(frozen=True)
+class InParts:
+    """``inner`` on ``images`` times ``bands`` parts of a problem."""
+
+    inner: Algorithm
+    images: int
+    bands: int
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    @property
+    def accuracy(self) -> Accuracy:
+        return self.inner.accuracy
+
+    @property
+    def count(self) -> int:
+        return self.images * self.bands
+
+    def why_not(self, problem: ConvProblem) -> str | None:
+        return self.inner.why_not(self.part(problem))
+
+    def cost(self, problem: ConvProblem, device: Device) -> Cost:
+        return self.inner.cost(self.part(problem), device)
+
+    def part(self, problem: ConvProblem) -> ConvProblem:
+        """The problem of one part."""
+        p = problem
+        padding, lhs, rhs = list(p.padding), list(p.lhs_shape), list(p.rhs_shape)
+        if p.is_weight_gradient:
+            lhs[1], rhs[1] = lhs[1] // self.images, rhs[1] // self.images
+        else:
+            lhs[0] //= self.images
+        if self.bands > 1:
+            rows, padding[0] = self._rows(p), (0, 0)
+            if p.is_weight_gradient:
+                rhs[2] = rows
+                lhs[2] = (rows - 1) * p.rhs_dilation[0] + (p.output_shape[2] - 1) * p.strides[0] + 1
+            else:
+                lhs[2] = (rows - 1) * p.strides[0] + p.rhs_extent[0]
+        wide = p.preferred_element_type
+        if p.is_weight_gradient and p.out_dtype.itemsize < 4 and jnp.issubdtype(p.out_dtype, jnp.floating):
+            wide = np.dtype(np.float32)  # a sum of parts in 16 bits would round at each
+        return p.replace(
+            lhs_shape=tuple(lhs), rhs_shape=tuple(rhs), padding=tuple(padding), preferred_element_type=wide
+        )
+
+    def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        part = self.part(problem)
+        lhs_spec, rhs_spec, out_spec = problem.layout
+        image_axis, row_axis = lhs_spec[1 if problem.is_weight_gradient else 0], lhs_spec[2]
+        rows, step = self._rows(problem), problem.rhs_dilation[0] if problem.is_weight_gradient else problem.strides[0]
+        if self.bands > 1:
+            reach = part.lhs_shape[2] + (self.bands - 1) * rows * step
+            low = problem.padding[0][0]
+            lhs = _padded(lhs, row_axis, low, reach - problem.lhs_shape[2] - low)
+        sizes = [part.lhs_shape[lhs_spec.index(axis)] for axis in range(lhs.ndim)]
+
+        def slice_of_lhs(i: jax.Array) -> jax.Array:
+            start = [0] * lhs.ndim
+            start[image_axis] = i // self.bands * sizes[image_axis]
+            start[row_axis] = i % self.bands * (rows * step)
+            return lax.dynamic_slice(lhs, start, sizes)
+
+        if not problem.is_weight_gradient:
+            out = lax.map(lambda i: self.inner.run(part, slice_of_lhs(i), rhs), jnp.arange(self.count))
+            out = out.reshape(self.images, self.bands, *out.shape[1:])
+            out = merge_axis(merge_axis(out, 1, 1 + out_spec[2]), 0, out_spec[0])
+            return lax.slice_in_dim(out, 0, problem.output_shape[2], axis=out_spec[2])
+
+        in_axis, window_axis = rhs_spec[1:3]
+        if problem.reversed:
+            rhs = lax.rev(rhs, rhs_spec[2:])
+            part = part.replace(reversed=False)
+        rhs = _padded(rhs, window_axis, 0, self.bands * rows - problem.window[0])
+        kernel_sizes = [part.rhs_shape[rhs_spec.index(axis)] for axis in range(rhs.ndim)]
+
+        def add(i: jax.Array, total: jax.Array) -> jax.Array:
+            start = [0] * rhs.ndim
+            start[in_axis] = i // self.bands * kernel_sizes[in_axis]
+            start[window_axis] = i % self.bands * rows
+            return total + self.inner.run(part, slice_of_lhs(i), lax.dynamic_slice(rhs, start, kernel_sizes))
+
+        total = lax.fori_loop(0, self.count, add, jnp.zeros(problem.physical_output_shape, part.out_dtype))
+        return total.astype(problem.out_dtype)
+
+    def _rows(self, problem: ConvProblem) -> int:
+        whole = problem.window[0] if problem.is_weight_gradient else problem.output_shape[2]
+        return -(-whole // self.bands)
+
+
+def within(algorithm: Algorithm, problem: ConvProblem, device: Device) -> Algorithm | None:
+    """``algorithm``, in as few parts as keep its workspace under the device's limit; None if no split does."""
+    limit, workspace = device.workspace_limit, algorithm.cost(problem, device).workspace
+    if workspace <= limit:
+        return algorithm
+    p = problem
+    images, rows = (p.lhs_shape[1], p.window[0]) if p.is_weight_gradient else (p.lhs_shape[0], p.output_shape[2])
+    divisible = p.feature_groups == 1 if p.is_weight_gradient else p.batch_groups == 1
+    if not divisible or not is_static(*p.lhs_shape, *p.rhs_shape):
+        return None
+    for parts in range(-(-workspace // limit), images):
+        if images % parts == 0:
+            split = InParts(algorithm, parts, 1)
+            if split.why_not(p) is None and split.cost(p, device).workspace <= limit:
+                return split
+    if p.lhs_dilation[0] > 1:
+        return None
+    one = InParts(algorithm, images, 1)
+    if one.why_not(p) is not None:
+        return None
+    for bands in range(max(1, -(-one.cost(p, device).workspace // limit)), min(rows, _MOST_BANDS) + 1):
+        split = InParts(algorithm, images, bands)
+        if split.why_not(p) is None and split.cost(p, device).workspace <= limit:
+            return split
+    return None
+
+
+def _padded(x: jax.Array, axis: int, low: int, high: int) -> jax.Array:
+    if low == 0 and high == 0:
+        return x
+    return lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0) if a == axis else (0, 0, 0) for a in range(x.ndim)])
