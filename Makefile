@@ -21,7 +21,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/algorithms.py
 
 docs: $(VENV)/docs.stamp
-	$(BIN)/pdoc --docformat google --output-directory site jconv jconv.nnx jconv.linen jconv.interop
+	$(BIN)/pdoc --docformat google --output-directory site jconv jconv.nnx jconv.linen jconv.interop jconv.tuning
 
 $(VENV)/%.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -3,7 +3,7 @@
 ``conv_general_dilated`` and its relatives are drop-ins for ``jax.lax``'s. ``jconv.functional`` and
 ``jconv.grad`` are ``torch.nn.functional``'s and ``torch.nn.grad``'s convolutions, ``jconv.nnx`` and
 ``jconv.linen`` Flax layers after ``torch.nn``, ``jconv.interop`` moves weights. ``plan`` and ``plans`` show
-which algorithm runs and why.
+which algorithm runs and why, ``tune`` measures instead of estimating.
 """
 
 import importlib as _importlib
@@ -38,14 +38,16 @@ __all__ = [
     "conv_transpose", "conv_with_general_padding", "dots_saveable", "functional", "grad", "lax", "plan", "plans",
 ]  # fmt: skip
 
-_ON_FIRST_USE = ("interop", "linen", "nnx")
+_ON_FIRST_USE = ("interop", "linen", "nnx", "tuning")
 
 
 def __getattr__(name: str):
     if name in _ON_FIRST_USE:
         return _importlib.import_module(f"jconv.{name}")
+    if name == "tune":
+        return _importlib.import_module("jconv.tuning").tune
     raise AttributeError(f"module 'jconv' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ON_FIRST_USE])
+    return sorted([*globals(), *_ON_FIRST_USE, "tune"])

@@ -262,10 +262,12 @@ def _custom(lhs: jax.Array, rhs: jax.Array, problem: ConvProblem, wish: Algorith
 
 def _by_platform(lhs: jax.Array, rhs: jax.Array, *, problem: ConvProblem, wish: Algorithm | None) -> jax.Array:
     with jax.named_scope("jconv"):
-        on_cpu, elsewhere = choose(problem, wish, "cpu"), choose(problem, wish, "default")
-        if on_cpu == elsewhere:
-            return _runner(on_cpu, problem)(lhs, rhs)
-        return lax.platform_dependent(lhs, rhs, cpu=_runner(on_cpu, problem), default=_runner(elsewhere, problem))
+        default = choose(problem, wish, "default")
+        chosen = {platform: choose(problem, wish, platform) for platform in _PLATFORMS}
+        others = {platform: _runner(a, problem) for platform, a in chosen.items() if a != default}
+        if not others:
+            return _runner(default, problem)(lhs, rhs)
+        return lax.platform_dependent(lhs, rhs, default=_runner(default, problem), **others)
 
 
 def _custom_forward(lhs: Any, rhs: Any, problem: ConvProblem, wish: Algorithm | None) -> Any:

@@ -14,6 +14,7 @@ from jconv.algorithms.tiling import InParts, within
 from jconv.device import Device, device_for
 from jconv.errors import AlgorithmError, ConvTypeError
 from jconv.problem import ConvProblem, is_static
+from jconv.store import Pairs, measured
 
 _BATCH_GUESS = 8
 _XLA = ALGORITHMS[-1]
@@ -21,7 +22,7 @@ _XLA = ALGORITHMS[-1]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row of a plan: an algorithm with its cost, or with the reason for its refusal.
+    """One row of a plan: an algorithm with its cost and the time that was measured, or the reason for its refusal.
 
     ``runner`` is what runs: the algorithm, or the algorithm in parts that keep its workspace under the
     limit; ``cost`` and ``time_ns`` are of all parts together, but for the workspace."""
@@ -31,6 +32,7 @@ class Candidate:
     time_ns: int | None
     refusal: str | None
     runner: Algorithm | None = None
+    measured_ns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,34 +52,47 @@ class Plan:
         return chosen.runner or self.algorithm
 
     def __str__(self) -> str:
-        rows = [("algorithm", "estimate", "GFLOP", "MB moved", "MB workspace", "")]
+        rows = [("algorithm", "estimate", "measured", "GFLOP", "MB moved", "MB workspace", "")]
         for c in self.candidates:
             mark = "<- chosen" if c.algorithm == self.algorithm else ""
             if c.cost is None or c.time_ns is None:
-                rows.append((c.algorithm.name, "refused", "", "", "", f"{c.refusal}"))
+                rows.append((c.algorithm.name, "refused", "", "", "", "", f"{c.refusal}"))
             else:
                 parts = f"in {c.runner.count} parts" if isinstance(c.runner, InParts) else ""
                 note = " ".join(filter(None, (parts, c.refusal, mark)))
+                known = "" if c.measured_ns is None else _time(c.measured_ns)
                 rows.append(
-                    (c.algorithm.name, _time(c.time_ns), f"{c.cost.flops / 1e9:.3g}",
+                    (c.algorithm.name, _time(c.time_ns), known, f"{c.cost.flops / 1e9:.3g}",
                      f"{c.cost.bytes / 1e6:.3g}", f"{c.cost.workspace / 1e6:.3g}", note)
                 )  # fmt: skip
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        if not any(c.measured_ns for c in self.candidates):
+            rows = [(*row[:2], *row[3:]) for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
         lines = [
-            "  "
-            + "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5)), row[5]]).rstrip()
+            "  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:]), row[-1]]).rstrip()
             for row in rows
         ]
         head = f"{self.problem}\non {self.device.platform}: {self.algorithm.name} ({self.reason})"
         return "\n".join([head, *lines])
 
 
-@lru_cache(maxsize=4096)
 def plan(problem: ConvProblem, platform: str) -> Plan:
-    """The fastest admissible algorithm by the cost model; a vendor's kernels where the device has them."""
+    """The fastest admissible algorithm by what was measured on this device, else by the cost model; a vendor's
+    kernels where the device has them and nothing was measured."""
+    return plan_given(problem, platform, measured(problem, platform))
+
+
+@lru_cache(maxsize=4096)
+def plan_given(problem: ConvProblem, platform: str, times: Pairs) -> Plan:
+    """As :func:`plan`, where ``times`` are the measurements: (algorithm, nanoseconds or why it failed) pairs."""
     device = device_for(platform)
     sized = _sized(problem)
     candidates = tuple(_candidate(algorithm, problem, sized, device) for algorithm in ALGORITHMS)
+    known = tuple(_with_measurement(c, dict(times).get(c.algorithm.name)) for c in candidates)
+    ran = [c for c in known if c.refusal is None and c.measured_ns is not None]
+    if ran:
+        best = min(ran, key=lambda c: c.measured_ns or 0)
+        return Plan(problem, device, best.algorithm, "the fastest measured", known)
     admitted = [c for c in candidates if c.refusal is None and c.time_ns is not None]
     if device.vendor_default:
         return Plan(problem, device, _XLA, f"the vendor's kernels are the default on {platform}", candidates)
@@ -167,6 +182,12 @@ def _time_ns(cost: Cost, device: Device) -> int:
     threads = min(device.threads, cost.threads or device.threads)
     arithmetic = 1000 * cost.flops // (rate * cost.efficiency * threads)
     return arithmetic + cost.bytes // (device.bytes_per_ns * threads) + cost.kernels * device.launch_ns
+
+
+def _with_measurement(candidate: Candidate, found: int | str | None) -> Candidate:
+    if isinstance(found, str) and candidate.refusal is None:
+        return replace(candidate, refusal=f"failed when it was timed: {found}")
+    return replace(candidate, measured_ns=found) if isinstance(found, int) else candidate
 
 
 def _sized(problem: ConvProblem) -> ConvProblem:

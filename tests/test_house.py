@@ -20,15 +20,15 @@ FLOORS = {
         (
             ("errors", "device"),
             ("problem", "checkpoint", "slots"),
-            ("adjoint", "algorithms.base", "algorithms"),
+            ("adjoint", "store", "algorithms.base", "algorithms"),
             ("algorithms.xla", "algorithms.pointwise", "algorithms.im2col", "interop"),
             ("algorithms.table",),
             ("planner",),
             ("convolve", "functional.arguments"),
-            ("lax", "grad", "functional.nd", "functional.pad", "functional.fold"),
+            ("lax", "grad", "tuning", "functional.nd", "functional.pad", "functional.fold"),
             ("functional.conv", "layers"),
             ("functional",),
-            ("nnx", "linen"),
+            ("nnx", "linen", "cli"),
         ),
         start=1,
     )
@@ -79,7 +79,13 @@ def test_who_may_import_what(module):
         package = imported.split(".")[0]
         if package == "flax":
             assert module in ("nnx", "linen") or (module in ("interop", "slots") and not top)
-        assert package not in ("torch", "matplotlib", "rich", "typer"), f"{module} imports {imported}"
+        if package == "typer":
+            assert module == "cli"
+        if package == "rich":
+            assert module == "cli" or (module == "tuning" and not top)
+        if package == "platformdirs":
+            assert module == "store" and not top
+        assert package not in ("torch", "matplotlib"), f"{module} imports {imported}"
         if imported.startswith(("jax.interpreters", "jax.extend")):
             assert module == "convolve"
         assert not imported.startswith("jax._src")
@@ -93,10 +99,12 @@ import jax, numpy
 before = set(sys.modules)
 import jconv
 new = {name.split(".")[0] for name in set(sys.modules) - before}
-assert not new & {"flax", "torch", "safetensors", "rich", "optax", "matplotlib"}, new
+assert not new & {"flax", "torch", "safetensors", "rich", "optax", "matplotlib", "platformdirs"}, new
+jconv.tune
+assert not {"flax", "rich", "typer", "platformdirs"} & set(sys.modules)
 jconv.nnx, jconv.linen, jconv.interop
 assert "flax" in sys.modules and "torch" not in sys.modules
-assert {"nnx", "linen", "interop"} <= set(dir(jconv))
+assert {"nnx", "linen", "interop", "tune", "tuning"} <= set(dir(jconv))
 try:
     jconv.nonsense
 except AttributeError as error:
@@ -126,7 +134,7 @@ assert total > 60, total
 
 
 def public():
-    for module in (jconv.lax, jconv.functional, jconv.grad):
+    for module in (jconv.lax, jconv.functional, jconv.grad, jconv.tuning):
         for name in dir(module):
             value = getattr(module, name)
             if callable(value) and getattr(value, "__module__", "").startswith(module.__name__) and name[0].islower():

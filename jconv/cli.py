@@ -1,0 +1,159 @@
+"""The command line: ``jconv --version`` and ``jconv tune``.
+
+Exit codes: 0 fine, 1 a check failed, 2 bad input. Results go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError as error:
+    print(f"jconv's command line needs {error.name}; pip install 'jconv[cli]'", file=sys.stderr)
+    raise SystemExit(2) from None
+
+import jax
+
+import jconv
+from jconv import tuning
+from jconv.errors import ConvError
+from jconv.problem import ConvProblem, integer
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+)  # fmt: skip
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    """Convolution for JAX and Flax with PyTorch's semantics and a choice of algorithm."""
+    if version:
+        print(f"jconv {jconv.__version__}, jax {jax.__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def tune(
+    file: Annotated[
+        Path | None, typer.Argument(help="Problems: a JSON list of rows in oneDNN's letters, or an export.")
+    ] = None,
+    lhs: Annotated[str | None, typer.Option(help="Sizes of the input, in the order of --layout.")] = None,
+    rhs: Annotated[str | None, typer.Option(help="Sizes of the kernel, in the order of --layout.")] = None,
+    strides: Annotated[str | None, typer.Option(help="One for each spatial axis.  [default: ones]")] = None,
+    padding: Annotated[str, typer.Option(help="SAME, VALID, or low:high for each spatial axis, as 0:1,0:1.")] = "SAME",
+    layout: Annotated[
+        str | None, typer.Option(help="Input, kernel and output, as NCHW,OIHW,NCHW.  [default: channel-last]")
+    ] = None,
+    lhs_dilation: Annotated[str | None, typer.Option(help="One for each spatial axis.  [default: ones]")] = None,
+    rhs_dilation: Annotated[str | None, typer.Option(help="One for each spatial axis.  [default: ones]")] = None,
+    groups: Annotated[int, typer.Option(help="Feature groups.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Of input and kernel, and of the rows of FILE.")] = "float32",
+    directions: Annotated[str, typer.Option(help="The convolution, and its two gradients.")] = "forward,input,weight",
+    seconds: Annotated[float, typer.Option(min=0, help="For the runs of one problem.")] = 0.5,
+    again: Annotated[bool, typer.Option("--again", help="Measure what is known already, too.")] = False,
+    merge: Annotated[Path | None, typer.Option(help="First take the measurements of this export.")] = None,
+    export: Annotated[Path | None, typer.Option(help="At the end write all measurements to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Time the algorithms for convolutions on this device, and have the planner use the fastest from now on.
+
+    The times are kept in the user's data directory, or in $JCONV_STORE. What is known is not timed again.
+    The exit code is 1 if an algorithm failed, and 2 for bad input.
+
+    \b
+    Examples:
+      jconv tune --lhs 8,56,56,64 --rhs 3,3,64,64
+      jconv tune --lhs 1,64,28,28 --rhs 64,1,3,3 --layout NCHW,OIHW,NCHW --groups 64 --directions forward
+      jconv tune problems.json --export measured.jsonl
+      jconv tune --merge measured.jsonl
+    """
+    with _one_sentence():
+        problems = []
+        if file is not None:
+            problems += tuning.read_problems(file, dtype=dtype, directions=directions.split(","))
+        if lhs is not None or rhs is not None:
+            forward = _problem(lhs, rhs, strides, padding, layout, lhs_dilation, rhs_dilation, groups, dtype)
+            problems += tuning.in_directions(forward, directions.split(","))
+        if not problems and merge is None and export is None:
+            what = (
+                "--lhs and --rhs, or a FILE of problems" if file is None else f"a FILE with problems; {file} has none"
+            )
+            raise ConvError(f"nothing to tune: name {what}")
+        if merge is not None:
+            print(f"{tuning.import_measurements(merge)} new records from {merge}", file=sys.stderr)
+        report = tuning.tune_problems(problems, seconds=seconds, again=again)
+        if export is not None:
+            print(f"{tuning.export_measurements(export)} records in {export}", file=sys.stderr)
+    if as_json:
+        print(report.to_json())
+    elif problems:
+        console = Console()
+        console.print(report) if console.is_terminal else print(report)
+    if any(row.failures for row in report.rows):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """The entry point of ``jconv``."""
+    warnings.showwarning = lambda message, *_: print(f"jconv: {message}", file=sys.stderr)
+    app()
+
+
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Bad input as one sentence and exit code 2."""
+    try:
+        yield
+    except ConvError as error:
+        print(f"jconv: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def _problem(
+    lhs: str | None, rhs: str | None, strides: str | None, padding: str, layout: str | None,
+    lhs_dilation: str | None, rhs_dilation: str | None, groups: int, dtype: str,
+) -> ConvProblem:  # fmt: skip
+    if lhs is None or rhs is None:
+        raise ConvError(f"--lhs and --rhs go together, got only {'--rhs' if lhs is None else '--lhs'}; give both")
+    element = tuning.dtype_of(dtype)
+    x, w = (jax.ShapeDtypeStruct(_numbers(name, text, 1), element) for name, text in (("--lhs", lhs), ("--rhs", rhs)))
+    n = len(x.shape) - 2
+    if layout is None and n not in tuning.CHANNEL_LAST:
+        raise ConvError(f"--lhs must have 3 to 5 sizes, got {lhs!r}; for other ranks give --layout")
+    return ConvProblem.of(
+        x, w, (1,) * n if strides is None else _numbers("--strides", strides, 1), _padding(padding),
+        None if lhs_dilation is None else _numbers("--lhs-dilation", lhs_dilation, 1),
+        None if rhs_dilation is None else _numbers("--rhs-dilation", rhs_dilation, 1),
+        tuning.CHANNEL_LAST[n] if layout is None else tuple(layout.split(",")), groups,
+    )  # fmt: skip
+
+
+def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise ConvError(f"{option} must be integers with commas between them, as 8,56,56,64, got {text!r}") from None
+    return tuple(integer(option, number, least) for number in numbers)
+
+
+def _padding(text: str) -> str | tuple[tuple[int, int], ...]:
+    if text.replace("_", "").isalpha():
+        return text.upper()
+    try:
+        pairs = [tuple(int(side) for side in axis.split(":")) for axis in text.split(",")]
+        return tuple((low, high) for low, high in pairs)
+    except ValueError:
+        raise ConvError(
+            f"--padding must be SAME, VALID or low:high for each spatial axis, as 0:1,0:1, got {text!r}"
+        ) from None
+
+
+if __name__ == "__main__":
+    main()

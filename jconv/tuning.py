@@ -1,0 +1,501 @@
+"""Measured plans: times what the planner admits, on the device at hand, and keeps the times in the store.
+
+``jconv.tune(fn, *args)`` is the door. From then on the planner takes the fastest algorithm that was measured,
+in this process and in later ones. Measurements travel by :func:`export_measurements` and
+:func:`import_measurements`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jconv import store
+from jconv.adjoint import input_problem, weight_problem
+from jconv.algorithms.base import Algorithm
+from jconv.convolve import convolve, problems_in
+from jconv.errors import ConvError
+from jconv.planner import plan_given
+from jconv.problem import ConvProblem, integer
+
+__all__ = [
+    "DIRECTIONS", "Report", "Row", "export_measurements", "import_measurements", "in_directions", "read_problems",
+    "tune", "tune_problems",
+]  # fmt: skip
+
+DIRECTIONS: dict[str, Callable[[ConvProblem], ConvProblem]] = {
+    "forward": lambda problem: problem,
+    "input": input_problem,
+    "weight": weight_problem,
+}
+CHANNEL_LAST = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
+
+_TURNS = 31
+_SAMPLE_NS = 1_000_000
+_MOST_REPEATS = 100
+_LEAST_TURNS = 3
+_SHORT_NS = 20_000_000
+_LONG_NS = 1_000_000_000
+_now: Callable[[], int] = time.perf_counter_ns
+
+
+@dataclass(frozen=True)
+class Row:
+    """One problem of a report.
+
+    Attributes:
+        problem: the convolution.
+        times: nanoseconds of each algorithm that was timed, or the reason why it failed. Empty where only one
+            algorithm can serve, so that there is nothing to choose.
+        winner: the algorithm that the planner takes now.
+        model: the one that it would take without measurements.
+        timed: False if the times were known before, or there was nothing to choose.
+    """
+
+    problem: ConvProblem
+    times: dict[str, int | str]
+    winner: str
+    model: str
+    timed: bool
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """The algorithms that failed, each with its reason."""
+        return {name: found for name, found in self.times.items() if isinstance(found, str)}
+
+    @property
+    def speedup(self) -> float | None:
+        """xla's time over the winner's, or None where one of them is not known."""
+        xla, best = self.times.get("xla"), self.times.get(self.winner)
+        return xla / best if isinstance(xla, int) and isinstance(best, int) else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`tune` found. ``print(report)`` shows it as text, ``rich.print(report)`` as rich's table."""
+
+    place: store.Place
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        head, *rows = self._cells()
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in (head, *rows)
+        ]
+        return "\n".join([self._title(), *lines, *self._notes()])
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        head, *rows = self._cells()
+        table = Table(title=self._title(), title_justify="left")
+        for index, name in enumerate(head):
+            table.add_column(name, justify="right" if index else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        return Group(table, *map(Text, self._notes()))
+
+    def to_json(self) -> str:
+        """The report as a JSON object: the place, and a list of rows with times in nanoseconds."""
+        rows = [
+            {
+                "problem": store.problem_to_json(row.problem),
+                "times": {name: found for name, found in row.times.items() if isinstance(found, int)},
+                "failures": row.failures,
+                "winner": row.winner,
+                "model": row.model,
+                "speedup_over_xla": row.speedup,
+                "timed": row.timed,
+            }
+            for row in self.rows
+        ]
+        return json.dumps({**self.place._asdict(), "rows": rows}, indent=1)
+
+    def _title(self) -> str:
+        threads = f", threads {self.place.threads}" if self.place.threads else ""
+        return f"{self.place.device}{threads}, jax {self.place.jax}; times in ms"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        names = list(dict.fromkeys(name for row in self.rows for name in row.times))
+        cells = [("problem", *names, "fastest", "by the model", "xla / fastest")]
+        for row in self.rows:
+            times = [_milliseconds(row.times.get(name)) for name in names]
+            speedup = "" if row.speedup is None else f"{row.speedup:.2f}"
+            cells.append((str(row.problem), *times, row.winner, row.model, speedup))
+        return cells
+
+    def _notes(self) -> list[str]:
+        if not self.rows:
+            return ["no convolution of jconv's, of known sizes, was found"]
+        known = sum(bool(row.times) and not row.timed for row in self.rows)
+        return [
+            *([f"{known} of {len(self.rows)} had been measured before; again=True measures anew"] if known else []),
+            *(f"{name} failed on {row.problem}: {why}" for row in self.rows for name, why in row.failures.items()),
+        ]
+
+
+def tune(fn: Callable[..., Any], *args: Any, seconds: float = 0.5, again: bool = False) -> Report:
+    """Times the algorithms for every convolution in ``fn(*args)`` and has the planner use the fastest.
+
+    ``fn`` is traced and not run. Each problem is timed alone, with random operands of its shapes, on JAX's default
+    device: wall time, programs compiled before, medians of runs that take turns. What is more than twice as slow as
+    the best is not run again after its second run (a short one after its fourth). Every finished problem is in the
+    store at once, so that an interrupt loses none. Programs that were compiled before keep the algorithms that they
+    have: tune first, or call ``jax.clear_caches()``. Times are worth what the machine's quiet is worth.
+
+    Args:
+        fn: a function of arrays, ``jax.grad(loss)`` or a train step among them, whose gradients are then found too.
+            As in :func:`jconv.plans`, convolutions with ``autodiff="custom_vjp"`` are not seen.
+        args: its arguments: pytrees of arrays or ``jax.ShapeDtypeStruct``s.
+        seconds: for the runs of one problem, compiling not counted; every algorithm runs twice at least.
+        again: measure also what the store knows already.
+
+    Returns:
+        A :class:`Report`; print it.
+
+    Raises:
+        ConvError: if ``seconds`` is not a number of at least 0.
+
+    >>> x, w = jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
+    >>> from jconv.lax import conv_transpose
+    >>> report = tune(jax.grad(lambda w: conv_transpose(x, w, (2, 2), "SAME").sum()), w, seconds=0)
+    >>> len(report.rows), report.rows[0].winner in report.rows[0].times
+    (2, True)
+    """
+    return tune_problems(problems_in(jax.make_jaxpr(fn)(*args).jaxpr), seconds=seconds, again=again)
+
+
+def tune_problems(problems: Iterable[ConvProblem], *, seconds: float = 0.5, again: bool = False) -> Report:
+    """As :func:`tune`, for problems in hand; those with symbolic sizes are left out, since they cannot be run.
+
+    Args:
+        problems: each as ``ConvProblem.of`` makes it.
+        seconds, again: as in :func:`tune`.
+
+    Returns:
+        A :class:`Report` with one row for each different problem.
+
+    Raises:
+        ConvError: if ``seconds`` is not a number of at least 0.
+
+    >>> p = ConvProblem.of(jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 3, 3)), (1, 1), "SAME")
+    >>> tune_problems([p, p], seconds=0).rows[0].problem == p
+    True
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
+        raise ConvError(f"seconds must be a number of at least 0, got {seconds!r}; the default is 0.5")
+    platform = next(iter(jax.device_put(0).devices())).platform
+    place = store.here(platform)
+    if place is None:
+        raise ConvError(
+            f"JAX's default device is on {platform}, which is not its first backend; choose it by JAX_PLATFORMS"
+        )
+    found = dict.fromkeys(problem.replace(out_sharding=None) for problem in problems)
+    wanted = [p for p in found if store.key_of(p, platform) is not None]
+    store.store().reload()
+    with contextlib.closing(_progress(wanted)) as steps:
+        return Report(place, tuple(_tuned(problem, platform, seconds, again) for problem in steps))
+
+
+def export_measurements(path: str | os.PathLike[str]) -> int:
+    """Writes all that the store knows, of every device, to a file that :func:`import_measurements` reads.
+
+    Args:
+        path: the file; an old one is replaced, in one step.
+
+    Returns:
+        The number of records.
+
+    Raises:
+        ConvError: if the file cannot be written.
+
+    >>> import os, tempfile
+    >>> path = os.path.join(tempfile.mkdtemp(), "measured.jsonl")
+    >>> export_measurements(path) >= 0, import_measurements(path)
+    (True, 0)
+    """
+    target = Path(path)
+    known = store.store()
+    known.reload()
+    lines = sorted(store.line(key, times) for key, times in known.records.items())
+    draft = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        draft.write_text("".join(f"{line}\n" for line in lines))
+        draft.replace(target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise ConvError(
+            f"path {str(target)!r} cannot be written ({error.strerror}); name a file in a folder that can be"
+        ) from None
+    return len(lines)
+
+
+def import_measurements(path: str | os.PathLike[str]) -> int:
+    """Adds the measurements of a file to the store. What was measured here stays; only what is new is taken.
+
+    Args:
+        path: a file of :func:`export_measurements`, of any device; the planner uses those of its own.
+
+    Returns:
+        The number of records that held something new.
+
+    Raises:
+        ConvError: if the file is missing, damaged, or something else; nothing is taken then.
+
+    >>> import_measurements("nowhere.jsonl")
+    Traceback (most recent call last):
+    jconv.errors.ConvError: path 'nowhere.jsonl' cannot be read (No such file or directory); name a file that can be
+    """
+    good = _records(Path(path), _read(Path(path)))
+    known = store.store()
+    known.reload()
+    new: dict[store.Key, store.Times] = {}
+    for key, times in good:
+        mine = {**new.get(key, {}), **known.records.get(key, {})}
+        news = {name: found for name, found in times.items() if name not in mine}
+        if news:
+            new[key] = {**new.get(key, {}), **news}
+    known.add(new.items())
+    return len(new)
+
+
+def read_problems(
+    path: str | os.PathLike[str], *, dtype: str = "float32", directions: Sequence[str] = tuple(DIRECTIONS)
+) -> list[ConvProblem]:
+    """The problems of a file.
+
+    Args:
+        path: either a JSON list of rows in oneDNN's letters (``nd``, ``mb``, ``g``, ``ic``, ``oc``, ``deconv``, and
+            for each spatial axis d, h, w: ``i`` input, ``o`` output, ``k`` window, ``s`` stride, ``p`` and ``pr`` low
+            and high padding, ``d`` kernel dilation from 1), read channel-last; or a file of
+            :func:`export_measurements`.
+        dtype: of the rows; an export has its own.
+        directions: of the rows: ``"forward"``, and the gradients ``"input"`` and ``"weight"``; an export lists
+            each apart.
+
+    Raises:
+        ConvError: if the file is missing or something else, with the row that is wrong.
+
+    >>> import json, os, tempfile
+    >>> row = dict(nd=1, mb=1, g=1, ic=4, oc=8, deconv=False, iw=9, ow=9, kw=3, sw=1, pw=1, prw=1, dw=1)
+    >>> path = os.path.join(tempfile.mkdtemp(), "rows.json")
+    >>> with open(path, "w") as file:
+    ...     json.dump([row], file)
+    >>> [p.output_shape for p in read_problems(path, directions=("forward", "weight"))]
+    [(1, 8, 9), (4, 8, 3)]
+    """
+    element = dtype_of(dtype)
+    content = _read(Path(path))
+    if not content.lstrip().startswith(b"["):
+        return list(
+            dict.fromkeys(store.problem_from_json(json.loads(k.problem)) for k, _ in _records(Path(path), content))
+        )
+    try:
+        rows = json.loads(content)
+    except ValueError as error:
+        raise ConvError(f"path {str(path)!r} starts as a JSON list but is none ({error}); write it anew") from None
+    problems = []
+    for number, row in enumerate(rows):
+        try:
+            forward = _row_problem(row, element)
+        except ConvError as error:
+            raise ConvError(f"path {str(path)!r}, row {number}: {error}") from None
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ConvError(
+                f"path {str(path)!r}, row {number}: it must be an object with nd, mb, g, ic, oc, deconv and the sizes of "
+                f"each axis such as ih, oh, kh, sh, ph, prh, dh; got {type(error).__name__} {error}"
+            ) from None
+        problems += in_directions(forward, directions)
+    return problems
+
+
+def in_directions(forward: ConvProblem, directions: Sequence[str]) -> list[ConvProblem]:
+    """A convolution and its gradients.
+
+    Args:
+        forward: the convolution.
+        directions: any of ``"forward"``, ``"input"``, ``"weight"``.
+
+    Raises:
+        ConvError: for another direction.
+
+    >>> p = ConvProblem.of(jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 3, 3)), (1, 1), "SAME")
+    >>> [q.output_shape for q in in_directions(p, ["input", "weight"])]
+    [(1, 3, 8, 8), (3, 4, 3, 3)]
+    """
+    for direction in directions:
+        if direction not in DIRECTIONS:
+            raise ConvError(f"directions must be of {', '.join(DIRECTIONS)}, got {direction!r}")
+    return [DIRECTIONS[direction](forward) for direction in directions]
+
+
+def _tuned(problem: ConvProblem, platform: str, seconds: float, again: bool) -> Row:
+    model = plan_given(problem, platform, ())
+    able = [c.algorithm for c in model.candidates if c.refusal is None]
+    key = store.key_of(problem, platform)
+    assert key is not None
+    known = dict(store.measured(problem, platform))
+    timed = len(able) > 1 and (again or not all(a.name in known for a in able))
+    if timed:
+        store.store().add([(key, _race(_programs(problem, able), seconds))])
+    pairs = store.measured(problem, platform)
+    chosen = plan_given(problem, platform, pairs)
+    return Row(problem, dict(pairs), chosen.algorithm.name, model.algorithm.name, timed)
+
+
+def _programs(problem: ConvProblem, able: list[Algorithm]) -> dict[str, Callable[[], Callable[[], Any]]]:
+    """For each algorithm what compiles it, which gives what runs it once."""
+    rng = np.random.default_rng(0)
+    shapes = (problem.lhs_shape, problem.layout.lhs_spec), (problem.rhs_shape, problem.layout.rhs_spec)
+    values = [rng.standard_normal(store.physical(shape, spec), np.float32) for shape, spec in shapes]
+    unsigned = problem.dtype.kind == "u"
+    operands = [jax.device_put((np.abs(v) if unsigned else v).astype(problem.dtype)) for v in values]
+
+    def compiler(algorithm: Algorithm) -> Callable[[], Callable[[], Any]]:
+        def compiled() -> Callable[[], Any]:
+            program = jax.jit(lambda lhs, rhs: convolve(lhs, rhs, problem, algorithm)).lower(*operands).compile()
+            return lambda: program(*operands).block_until_ready()
+
+        return compiled
+
+    return {algorithm.name: compiler(algorithm) for algorithm in able}
+
+
+def _race(programs: dict[str, Callable[[], Callable[[], Any]]], seconds: float) -> dict[str, int | str]:
+    """Median nanoseconds of each program, or the reason why it failed.
+
+    The first turn compiles, warms up, and says how many runs make a sample that the clock resolves; it counts for
+    the median only if there is no other.
+    """
+    samples: dict[str, list[int]] = {name: [] for name in programs}
+    runs: dict[str, Callable[[], Any]] = {}
+    failures: dict[str, str] = {}
+    alive = list(programs)
+    deadline = 0
+    for turn in range(1 + _TURNS):
+        for name in alive:
+            try:
+                if turn == 0:
+                    runs[name] = programs[name]()
+                samples[name].append(_sample(runs[name], samples[name]))
+            except Exception as error:
+                failures[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+                del samples[name]
+        best = min(map(min, samples.values()), default=0)
+        alive = [name for name in alive if name in samples and not _clear_loser(samples[name], best)]
+        if turn == 0:
+            deadline = _now() + int(1e9 * seconds)
+        elif _now() >= deadline or (len(alive) < 2 and turn >= _LEAST_TURNS):
+            break
+    return {name: int(statistics.median(s[1:] or s)) for name, s in samples.items()} | failures
+
+
+def _clear_loser(samples: list[int], best: int) -> bool:
+    """Above twice the best in each run. A short program gets four runs: one hiccup could make it lose two, and little
+    is gained by stopping it. Two do for a longer one, and one does if it took a second."""
+    runs, spent = len(samples), sum(samples)
+    return min(samples) > 2 * best and (runs >= 4 or (runs >= 2 and spent > _SHORT_NS) or spent > _LONG_NS)
+
+
+def _sample(run: Callable[[], Any], before: list[int]) -> int:
+    """Nanoseconds of one run; of a short one the mean of as many as the clock resolves."""
+    repeats = max(1, min(_MOST_REPEATS, _SAMPLE_NS // min(before))) if before else 1
+    start = _now()
+    for _ in range(repeats):
+        run()
+    return max(1, (_now() - start) // repeats)
+
+
+def _progress(problems: list[ConvProblem]) -> Generator[ConvProblem]:
+    """The problems, with a bar on stderr where that is a terminal and rich is installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        yield from problems
+        return
+    console = Console(stderr=True)
+    yield from track(problems, "tuning", console=console, transient=True, disable=not console.is_terminal)
+
+
+def dtype_of(name: str) -> np.dtype:
+    """The dtype of a name.
+
+    Raises:
+        ConvError: if no number's dtype has it, or if JAX has switched its 64 bits off.
+
+    >>> dtype_of("bfloat16").itemsize
+    2
+    """
+    try:
+        dtype = np.dtype(name)
+        if not jnp.issubdtype(dtype, jnp.number):
+            raise TypeError
+    except TypeError:
+        raise ConvError(
+            f"dtype must be the name of a number's dtype such as float32 or bfloat16, got {name!r}"
+        ) from None
+    if dtype != jax.dtypes.canonicalize_dtype(dtype):
+        raise ConvError(f"dtype {dtype} needs 64-bit types, which JAX has switched off; set JAX_ENABLE_X64=1")
+    return dtype
+
+
+def _milliseconds(found: int | str | None) -> str:
+    if isinstance(found, int):
+        return f"{found / 1e6:.3g}"
+    return "" if found is None else "failed"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConvError(f"path {str(path)!r} cannot be read ({error.strerror}); name a file that can be") from None
+
+
+def _records(path: Path, content: bytes) -> list[tuple[store.Key, store.Times]]:
+    good, bad = store.parse(content)
+    if bad:
+        raise ConvError(
+            f"path {str(path)!r} is no whole file of measurements: line {bad[0]} is no record of schema {store.SCHEMA}; "
+            "export it anew"
+        )
+    return good
+
+
+def _row_problem(row: dict[str, Any], dtype: np.dtype) -> ConvProblem:
+    """The forward problem of a row in oneDNN's letters; ``deconv`` rows are transposed convolutions."""
+    if row["nd"] not in CHANNEL_LAST:
+        raise ConvError(f"nd must be 1, 2 or 3, got {row['nd']!r}")
+    n, layout = row["nd"], CHANNEL_LAST[row["nd"]]
+
+    def along(letter: str, least: int) -> list[int]:
+        return [integer(f"{letter}{axis}", row[f"{letter}{axis}"], least) for axis in "dhw"[3 - n :]]
+
+    size, out, window, stride, holes = (along(letter, 1) for letter in "ioksd")
+    pads = list(zip(along("p", -(1 << 31)), along("pr", -(1 << 31)), strict=True))
+    batch, groups, features, out_features = (integer(name, row[name], 1) for name in ("mb", "g", "ic", "oc"))
+    lhs = jax.ShapeDtypeStruct((batch, *size, features), dtype)
+    rhs = jax.ShapeDtypeStruct((*window, features // groups, out_features), dtype)
+    if not row["deconv"]:
+        return ConvProblem.of(lhs, rhs, stride, pads, None, holes, layout, groups)
+    pads = [
+        ((k - 1) * d - low, o - 1 - (i - 1) * s + low)
+        for k, d, (low, _), o, i, s in zip(window, holes, pads, out, size, stride, strict=True)
+    ]
+    return ConvProblem.of(lhs, rhs, (1,) * n, pads, stride, holes, layout, groups)
