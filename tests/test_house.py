@@ -21,7 +21,11 @@ FLOORS = {
             ("errors", "device"),
             ("problem", "checkpoint", "slots"),
             ("adjoint", "store", "algorithms.base", "algorithms"),
-            ("algorithms.xla", "algorithms.pointwise", "algorithms.im2col", "interop"),
+            (
+                "algorithms.xla", "algorithms.pointwise", "algorithms.patches", "algorithms.direct",
+                "algorithms.winograd", "algorithms.im2col", "algorithms.fold", "algorithms.fft",
+                "algorithms.volume", "algorithms.phase", "algorithms.tiling", "interop",
+            ),
             ("algorithms.table",),
             ("planner",),
             ("convolve", "functional.arguments"),

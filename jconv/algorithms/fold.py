@@ -44,6 +44,8 @@ class Fold:
         if problem.out_dtype.itemsize < 4 and jnp.issubdtype(problem.out_dtype, jnp.floating):
             return f"needs results of 32 bits or more, in which taps can be added, got {problem.out_dtype}"
         refusal = refuse_unsized(problem)
+        if refusal is None and prod(problem.window) == 1:
+            return "needs a window of more than one tap"
         if refusal is None and prod(problem.window) > _MOST_TAPS:
             return f"needs at most {_MOST_TAPS} taps, got {prod(problem.window)}"
         return refusal
