@@ -20,6 +20,8 @@ lint: $(VENV)/test.stamp
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/problems.py $(ARGS)
+	$(BIN)/python benchmarks/networks.py $(ARGS)
+	$(BIN)/python benchmarks/report.py $(if $(filter --quick,$(ARGS)),benchmarks/results/quick)
 
 docs: $(VENV)/docs.stamp
 	$(BIN)/pdoc --docformat google --output-directory site jconv jconv.nnx jconv.linen jconv.interop

@@ -524,8 +524,8 @@ def task_of(network: Network, mode: str, batch: int) -> Task:
 
 
 def jax_contender(timer: timing.Timer, task: Task, layers: tuple[Any, Any]) -> Contender:
-    model = flax_net(task.network.layers, layers, nnx.Rngs(0))
-    interop.load_torch(model, task.weights)
+    shapes = nnx.eval_shape(lambda: flax_net(task.network.layers, layers, nnx.Rngs(0)))
+    model = interop.load_torch(shapes, task.weights)
     x, y = (jnp.asarray(np.moveaxis(t.numpy(), 1, -1).copy()) for t in (task.x, task.target))
     if task.mode == FORWARD:
         model.eval()
