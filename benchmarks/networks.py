@@ -24,9 +24,11 @@ import argparse
 import copy
 import functools
 import io
+import logging
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -606,7 +608,9 @@ def onnx_contender(timer: timing.Timer, task: Task) -> Contender:
     options.add_session_config_entry("session.force_spinning_stop", "1")  # else its threads spin in others' samples
     with TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
-        with redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporter's own
+            logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is not there
             torch.onnx.export(task.weights.eval(), (task.x,), path, dynamo=True, verbose=False)
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: task.x.numpy()}
@@ -661,6 +665,7 @@ def measure(timer: timing.Timer, network: Network, mode: str, batch: int, torch_
         if not value <= MOST_DIFFERENCE[mode]:
             left_out[name] = f"differs from torch eager by {value:.1e}, the bound is {MOST_DIFFERENCE[mode]:.0e}"
             del found[name]
+    others = timing.Bystanders()
     times = timer.medians({name: c.run for name, c in found.items()})
     return {
         "contenders": {
@@ -668,13 +673,14 @@ def measure(timer: timing.Timer, network: Network, mode: str, batch: int, torch_
             for name, c in found.items()
         },
         "left_out": left_out,
+        "others": others.cores(),
     }
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, choices=(1, 2), help="by default 1, then 2 in a process of its own")
-    parser.add_argument("--only", default="", help="a regular expression that the network's name or mode must match")
+    parser.add_argument("--only", default="", help="a regular expression that 'NAME, MODE' must match")
     parser.add_argument("--size", type=int, help="the input's spatial size, instead of the network's own")
     parser.add_argument("--batch", type=int, help="the only batch, instead of the network's own")
     parser.add_argument("--runs", type=int, default=7, help="interleaved samples of each contender")
@@ -711,9 +717,10 @@ def main() -> None:
                     options.quick and (name not in QUICK or batch > 1)
                 ):
                     wanted.append((name, network, mode, batch))
-    if not wanted:
-        sys.exit(f"no network matches --only {options.only!r}")
     console = Console(stderr=True)
+    if not wanted:
+        console.print(f"no network matches --only {options.only!r}")
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("networks", total=len(wanted))

@@ -23,7 +23,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -147,17 +147,34 @@ def _geometry(p: ConvProblem) -> str:
     return "*".join(shapes)
 
 
-def operands(p: ConvProblem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """lhs, kernel and output gradient in logical order, float64 values that the problem's dtype holds."""
-    rng = np.random.default_rng(0)
-    shapes = (p.lhs_shape, p.rhs_shape, p.output_shape)
-    return tuple(  # pyright: ignore[reportReturnType]
-        rng.standard_normal(s, np.float32).astype(p.dtype).astype(np.float64) for s in shapes
-    )
+class Operands:
+    """lhs, kernel and output gradient, the same values for every contender.
+
+    Attributes:
+        values: by name ("lhs", "rhs", "grad") in logical order, float32, rounded to the problem's dtype.
+    """
+
+    def __init__(self, p: ConvProblem):
+        rng = np.random.default_rng(0)
+        shapes = {"lhs": p.lhs_shape, "rhs": p.rhs_shape, "grad": p.output_shape}
+        self.dtype = p.dtype
+        self.values = {
+            name: rng.standard_normal(shape, np.float32).astype(p.dtype).astype(np.float32)
+            for name, shape in shapes.items()
+        }
+        self._placed: dict[tuple[str, tuple[int, ...]], jax.Array] = {}
+
+    def placed(self, name: str, spec: Sequence[int]) -> jax.Array:
+        """The array for JAX in the layout ``spec``; made once, and shared by all who want that layout."""
+        key = (name, tuple(spec))
+        if key not in self._placed:
+            array = np.ascontiguousarray(self.values[name].transpose(inverse(spec)))
+            self._placed[key] = jax.device_put(array.astype(self.dtype))
+        return self._placed[key]
 
 
 def jconv_contender(
-    timer: timing.Timer, problem: Problem, direction: str, algorithm: Algorithm, values: tuple[np.ndarray, ...]
+    timer: timing.Timer, problem: Problem, direction: str, algorithm: Algorithm, values: Operands
 ) -> Contender:
     p = problem.forward
     call = {FORWARD: convolve, TO_INPUT: input_gradient, TO_KERNEL: weight_gradient}[direction]
@@ -165,7 +182,7 @@ def jconv_contender(
 
 
 def lax_contender(
-    timer: timing.Timer, problem: Problem, direction: str, channel_last: bool, values: tuple[np.ndarray, ...]
+    timer: timing.Timer, problem: Problem, direction: str, channel_last: bool, values: Operands
 ) -> Contender:
     p = problem.forward
     if not channel_last:
@@ -187,14 +204,16 @@ def lax_contender(
 
 
 def _compiled(
-    timer: timing.Timer, p: ConvProblem, direction: str, call: Callable[..., jax.Array], values: tuple[np.ndarray, ...]
+    timer: timing.Timer, p: ConvProblem, direction: str, call: Callable[..., jax.Array], values: Operands
 ) -> Contender:
     lhs_spec, rhs_spec, out_spec = p.layout
-    x, w, g = values
-    given = {FORWARD: ((x, lhs_spec), (w, rhs_spec)), TO_INPUT: ((g, out_spec), (w, rhs_spec))}
-    pair = given.get(direction, ((x, lhs_spec), (g, out_spec)))
-    spec = {FORWARD: out_spec, TO_INPUT: lhs_spec, TO_KERNEL: rhs_spec}[direction]
-    arrays = [jax.device_put(np.ascontiguousarray(v.transpose(inverse(s))).astype(p.dtype)) for v, s in pair]
+    lhs, rhs, grad = ("lhs", lhs_spec), ("rhs", rhs_spec), ("grad", out_spec)
+    given, spec = {
+        FORWARD: ((lhs, rhs), out_spec),
+        TO_INPUT: ((grad, rhs), lhs_spec),
+        TO_KERNEL: ((lhs, grad), rhs_spec),
+    }[direction]
+    arrays = [values.placed(*which) for which in given]
     start = timer.now()
     program = jax.jit(call).lower(*arrays).compile()
     compile_s = timer.now() - start
@@ -208,10 +227,10 @@ def _compiled(
 
 
 def torch_contender(
-    problem: Problem, direction: str, memory_format: torch.memory_format, dtype: torch.dtype, values: tuple[Any, ...]
+    problem: Problem, direction: str, memory_format: torch.memory_format, dtype: torch.dtype, values: Operands
 ) -> Contender:
     p = problem.forward
-    x, w, g = (torch.from_numpy(v).to(dtype) for v in values)
+    x, w, g = (torch.from_numpy(values.values[name]).to(dtype) for name in ("lhs", "rhs", "grad"))
     if problem.transposed:
         w = _torch_kernel(p, w)
     x, w, g = (t.contiguous(memory_format=memory_format) for t in (x, w, g))
@@ -273,7 +292,7 @@ def _logical_kernel(p: ConvProblem, w: torch.Tensor) -> torch.Tensor:
 
 
 def contenders(
-    timer: timing.Timer, problem: Problem, direction: str, values: tuple[np.ndarray, ...]
+    timer: timing.Timer, problem: Problem, direction: str, values: Operands
 ) -> tuple[Plan, dict[str, Contender], dict[str, str]]:
     """The plan, whoever can serve, and why others were left out."""
     p = problem.forward
@@ -298,11 +317,12 @@ def contenders(
 
 def measure(timer: timing.Timer, problem: Problem, direction: str) -> dict[str, Any]:
     """One row of the results."""
-    values = operands(problem.forward)
+    values = Operands(problem.forward)
     exact = torch_contender(problem, direction, torch.contiguous_format, torch.float64, values).value()
     chosen, found, left_out = contenders(timer, problem, direction, values)
     largest = np.abs(exact).max()
     errors = {name: float(np.abs(c.value() - exact).max() / largest) for name, c in found.items()}
+    others = timing.Bystanders()
     times = timer.medians({name: c.run for name, c in found.items()})
     return {
         "problem": problem.name,
@@ -317,6 +337,7 @@ def measure(timer: timing.Timer, problem: Problem, direction: str) -> dict[str, 
             for name, c in found.items()
         },
         "left_out": left_out,
+        "others": others.cores(),
     }
 
 
@@ -352,11 +373,12 @@ def main() -> None:
         folder / f"problems-{options.dtype}-{options.threads}t.json",
         ledger.conditions("problems", options.threads, clock, options.dtype, options.quick),
     )
-    wanted = [p for p in all_problems(options.dtype) if re.search(options.only, f"{p.name} {p.kind}")]
+    wanted = [p for p in all_problems(options.dtype) if any(re.search(options.only, s) for s in (p.name, p.kind))]
     wanted = [p for p in wanted if options.limit is None or p.forward.macs <= options.limit]
-    if not wanted:
-        sys.exit(f"no problem matches --only {options.only!r} within --limit {options.limit}")
     console = Console(stderr=True)
+    if not wanted:
+        console.print(f"no problem matches --only {options.only!r} within --limit {options.limit}")
+        return
     book.data["roofline"] = timing.roofline(timer)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:

@@ -32,6 +32,7 @@ from matplotlib.lines import Line2D  # noqa: E402
 README = ledger.ROOT / "README.md"
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 REGRESSION = 1.10
+MOST_OTHERS = 0.2
 DIRECTIONS = {"forward": "o", "input gradient": "^", "kernel gradient": "s"}
 CLASSES = {
     "dense 3x3": "#1f77b4", "dense other": "#17becf", "1x1": "#2ca02c", "strided": "#8c564b", "depthwise": "#d62728",
@@ -106,6 +107,11 @@ def mean(values: Iterable[float]) -> float:
     """The geometric mean of what is there."""
     found = [v for v in values if not math.isnan(v)]
     return math.exp(statistics.fmean(map(math.log, found))) if found else math.nan
+
+
+def busiest(data: dict[str, Any]) -> float:
+    """The most cores that other processes used while a row was timed."""
+    return max(row.get("others") or 0.0 for row in data["rows"].values())
 
 
 # The tables.
@@ -256,10 +262,17 @@ def markdown(files: list[dict[str, Any]], pictures: dict[int, list[Path]]) -> st
         if c["xla_flags"]:
             facts.append(f"XLA_FLAGS: {c['xla_flags']}")
         if "roofline" in data:
-            facts.append("measured: {gflops:.0f} GFLOP/s, {gbytes:.1f} GB/s".format(**data["roofline"]))
+            facts.append(
+                "measured: {gflops:.0f} GFLOP/s in a float32 matrix product, {gbytes:.1f} GB/s from memory".format(
+                    **data["roofline"]
+                )
+            )
         facts += [f"measured with {s}" for s in states]
         if len(states) > 1:
             facts.append("NOT ONE STATE: the rows above were measured with different code")
+        facts.append(f"other processes used at most {busiest(data):.2f} cores while a row was timed")
+        if c["threads"] > 1 and busiest(data) > MOST_OTHERS:
+            facts.append("NOT AN IDLE MACHINE: wall times of two threads on a shared core say little, torch's least")
         if c["quick"]:
             facts.append("QUICK: few problems and few samples, an impression only")
         problems = c["benchmark"] == "problems"
@@ -319,7 +332,7 @@ def roofline(data: dict[str, Any], path: Path) -> Path:
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
     panels[0].set_ylabel("GFLOP/s, the definition's operations")
-    roofs = "roofs: {gflops:.0f} GFLOP/s (a matrix product), {gbytes:.0f} GB/s (memory)".format(**roof)
+    roofs = "roofs: {gflops:.0f} GFLOP/s (a float32 matrix product), {gbytes:.0f} GB/s (memory)".format(**roof)
     figure.suptitle(f"Roofline, {label(data)}; {roofs}", fontsize=12)
     _legend(figure, data)
     return _save(figure, path)
@@ -413,6 +426,10 @@ def main() -> None:
     pictures: dict[int, list[Path]] = {}
     for index, data in enumerate(files):
         c = data["conditions"]
+        if c["threads"] > 1 and busiest(data) > MOST_OTHERS:
+            console.print(
+                f"{label(data)}: other processes used up to {busiest(data):.2f} cores; measure on an idle machine"
+            )
         if c["benchmark"] == "networks":
             for grid in (networks(data), compilation(data)):
                 console.print(grid.rich())

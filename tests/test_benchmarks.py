@@ -39,6 +39,18 @@ def test_every_row_is_a_problem_with_the_rows_shapes():
         assert p.kind in report.CLASSES
 
 
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=lambda p: p.name)
+def test_torch_is_given_the_same_geometry(problem):
+    """The output has the row's shape, by torch's own rules and without computing it."""
+    p = problem.forward
+    x, w = (torch.empty(shape, device="meta") for shape in (p.lhs_shape, p.rhs_shape))
+    pads, stride, padding, output_padding = problems._torch_geometry(problem)
+    x = torch.nn.functional.pad(x, pads) if pads else x
+    w = problems._torch_kernel(p, w) if problem.transposed else w
+    geometry = (stride, padding, p.rhs_dilation, problem.transposed, output_padding, p.groups)
+    assert torch.convolution(x, w, None, *geometry).shape == p.output_shape
+
+
 @pytest.mark.parametrize("direction", problems.DIRECTIONS)
 @pytest.mark.parametrize("name", SMALL)
 def test_contenders_compute_the_same(name, direction):
