@@ -68,7 +68,15 @@ class Ledger:
 
 
 def load(path: Path) -> dict[str, Any]:
-    data = json.loads(path.read_text())
+    """A results file.
+
+    Raises:
+        Unlike: if it is missing or something else.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Unlike(f"{path} cannot be read as a results file: {error}") from None
     if not isinstance(data, dict) or not {"conditions", "rows"} <= set(data):
         raise Unlike(f"{path} is no results file of these benchmarks")
     return data

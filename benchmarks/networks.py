@@ -696,7 +696,9 @@ def main() -> None:
     options = parse()
     if options.threads is None:
         for threads in (1,) if options.quick else (1, 2):
-            subprocess.run([sys.executable, *sys.argv, "--threads", str(threads)], check=True)
+            status = subprocess.run([sys.executable, *sys.argv, "--threads", str(threads)]).returncode
+            if status:
+                sys.exit(status)
         return
     if options.quick:
         options.runs, options.budget = 3, 5
@@ -704,10 +706,13 @@ def main() -> None:
     timer = timing.Timer(options.threads, options.runs, options.budget)
     timer.pin()
     folder = options.output or (ledger.RESULTS / "quick" if options.quick else ledger.RESULTS)
-    book = ledger.Ledger(
-        folder / f"networks-float32-{options.threads}t.json",
-        ledger.conditions("networks", options.threads, timing.CLOCKS[options.threads], "float32", options.quick),
-    )
+    try:
+        book = ledger.Ledger(
+            folder / f"networks-float32-{options.threads}t.json",
+            ledger.conditions("networks", options.threads, timing.CLOCKS[options.threads], "float32", options.quick),
+        )
+    except ledger.Unlike as error:
+        sys.exit(f"networks: {error}")
     wanted = []
     for name, build in NETWORKS.items():
         network = build(options.size) if options.size else build()

@@ -359,7 +359,9 @@ def main() -> None:
     options = parse()
     if options.threads is None:
         for threads in (1,) if options.quick else (1, 2):
-            subprocess.run([sys.executable, *sys.argv, "--threads", str(threads)], check=True)
+            status = subprocess.run([sys.executable, *sys.argv, "--threads", str(threads)]).returncode
+            if status:
+                sys.exit(status)
         return
     if options.quick:
         options.limit, options.runs, options.budget = options.limit or QUICK_LIMIT, 3, 0.5
@@ -369,17 +371,21 @@ def main() -> None:
         jax.config.update("jax_enable_x64", True)
     folder = options.output or (ledger.RESULTS / "quick" if options.quick else ledger.RESULTS)
     clock = timing.CLOCKS[options.threads]
-    book = ledger.Ledger(
-        folder / f"problems-{options.dtype}-{options.threads}t.json",
-        ledger.conditions("problems", options.threads, clock, options.dtype, options.quick),
-    )
+    try:
+        book = ledger.Ledger(
+            folder / f"problems-{options.dtype}-{options.threads}t.json",
+            ledger.conditions("problems", options.threads, clock, options.dtype, options.quick),
+        )
+    except ledger.Unlike as error:
+        sys.exit(f"problems: {error}")
     wanted = [p for p in all_problems(options.dtype) if any(re.search(options.only, s) for s in (p.name, p.kind))]
     wanted = [p for p in wanted if options.limit is None or p.forward.macs <= options.limit]
     console = Console(stderr=True)
     if not wanted:
         console.print(f"no problem matches --only {options.only!r} within --limit {options.limit}")
         return
-    book.data["roofline"] = timing.roofline(timer)
+    roof, before = timing.roofline(timer), book.data.get("roofline", {})
+    book.data["roofline"] = {name: max(value, before.get(name, 0)) for name, value in roof.items()}  # the best seen
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("problems", total=len(wanted))

@@ -379,8 +379,8 @@ def regressions(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[tuple[fl
 
 def compare(old_path: Path, new_path: Path, console: Console) -> int:
     """Prints the comparison; the exit status."""
-    old, new = ledger.load(old_path), ledger.load(new_path)
     try:
+        old, new = ledger.load(old_path), ledger.load(new_path)
         slower, drift = regressions(old, new)
     except ledger.Unlike as error:
         sys.exit(f"report: {error}")

@@ -161,6 +161,8 @@ def test_compare_flags_a_planted_regression(measured, tmp_path):
     done = run_report("--compare", *paths)
     assert done.returncode == 1 and "conv_dw|kernel gradient" in done.stdout and "1.2" in done.stdout
     assert run_report("--compare", paths[0], paths[0]).returncode == 0
+    missing = run_report("--compare", paths[0], tmp_path / "missing.json")
+    assert missing.returncode == 1 and missing.stderr.startswith("report: ")
 
 
 @pytest.mark.parametrize("change", ({"threads": 2}, {"dtype": "bfloat16"}, {"clock": "wall time"}, {"malloc": {}}))
