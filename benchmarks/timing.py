@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -55,17 +56,19 @@ class Timer:
         program()
         return self.now() - start
 
-    def medians(self, programs: dict[str, Callable[[], Any]]) -> dict[str, dict[str, Any]]:
+    def medians(
+        self, programs: dict[str, Callable[[], Any]], first: Mapping[str, float] = MappingProxyType({})
+    ) -> dict[str, dict[str, Any]]:
         """For each program the median in milliseconds, the quartiles, and how many samples there were.
 
         Each program runs once to warm up and once to see how long it takes; then all take turns. A sample
         is as many calls as fill two milliseconds. One that takes longer than a quarter of the budget is not
-        run again: its first call is its time.
+        run again: its first call is its time. ``first``: seconds of first calls that were made already.
         """
         samples: dict[str, list[float]] = {name: [] for name in programs}
         repeats, rounds = {}, {}
         for name, program in programs.items():
-            warm = self.once(program)
+            warm = first[name] if name in first else self.once(program)
             if warm > self.budget / 4:
                 samples[name], rounds[name], repeats[name] = [warm], 0, 1
                 continue
