@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 IMAGE ?=
+ARGS ?=
 
 .PHONY: demo test lint bench docs clean
 
@@ -18,7 +19,9 @@ lint: $(VENV)/test.stamp
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/bench.stamp
-	$(BIN)/python benchmarks/algorithms.py
+	$(BIN)/python benchmarks/problems.py $(ARGS)
+	$(BIN)/python benchmarks/networks.py $(ARGS)
+	$(BIN)/python benchmarks/report.py $(if $(filter --quick,$(ARGS)),benchmarks/results/quick)
 
 docs: $(VENV)/docs.stamp
 	$(BIN)/pdoc --docformat google --output-directory site jconv jconv.nnx jconv.linen jconv.interop jconv.tuning
