@@ -20,7 +20,19 @@ _DIRECT = {
     "complex64": 4e-6,
     "complex128": 2e-14,
 }
-_DIRECT_CLASS = ("xla", "pointwise", "patches", "direct", "im2col", "fft", "fold", "volume", "phase", "winograd", "auto")
+_DIRECT_CLASS = (
+    "xla",
+    "pointwise",
+    "patches",
+    "direct",
+    "im2col",
+    "fft",
+    "fold",
+    "volume",
+    "phase",
+    "winograd",
+    "auto",
+)
 # F(4x4, 3x3): the transforms' entries reach 8, and their inverse's 5.
 _LOOSE = {"float32": 4e-5, "float64": 1e-13, "complex64": 8e-5, "complex128": 2e-13}
 TOLERANCES = {(name, dtype): t for name in _DIRECT_CLASS for dtype, t in _DIRECT.items()} | {
