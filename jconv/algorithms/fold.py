@@ -25,6 +25,7 @@ from jconv.device import Device
 from jconv.problem import ConvProblem
 
 _MOST_TAPS = 128
+_LANES = 16  # features that fill a vector register
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,15 @@ class Fold:
         stored = rows * width * problem.out_dtype.itemsize
         efficiency = 1000 * features // (features + 24) * rows // (rows + 64) + 1
         added = prod(problem.output_shape) * prod(problem.window) * problem.out_dtype.itemsize
-        return Cost(2 * rows * features * width, operand_bytes(problem) + stored + added, stored, efficiency, kernels=3)
+        if problem.rhs_shape[0] < _LANES:
+            added = added * _LANES // problem.rhs_shape[0]
+        return Cost(
+            2 * rows * features * width,
+            operand_bytes(problem) + (stored + added) * 3 // 4,
+            stored,
+            efficiency,
+            kernels=3,
+        )
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         n = problem.spatial_rank

@@ -60,7 +60,8 @@ class Im2col:
             rows = problem.output_shape[0] * prod(problem.output_shape[2:])
             depth, width, height = prod(problem.rhs_shape[1:]), problem.rhs_shape[0] // problem.groups, rows
             columns = rows * depth * problem.groups
-        efficiency = 1000 * width // (width + 16) * height // (height + 16) * depth // (depth + 64) + 1
+        peak = 650 if problem.is_weight_gradient else 1000
+        efficiency = peak * width // (width + 16) * height // (height + 16) * depth // (depth + 64) + 1
         if problem.groups > 1:
             efficiency = efficiency // 8 + 1
         flops = 2 * problem.macs * (prod(problem.padded) // prod(problem.window) if _on_cotangent(problem) else 1)

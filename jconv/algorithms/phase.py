@@ -21,6 +21,9 @@ from jconv.device import Device
 from jconv.problem import ConvProblem
 
 
+_LANES = 16  # features that fill a vector register
+
+
 @dataclass(frozen=True)
 class Phase:
     """The product of the dilations as so many convolutions by ``inner``."""
@@ -50,6 +53,8 @@ class Phase:
         flops = sum(c.flops for c in costs)
         moved = operand_bytes(problem) + sum(c.bytes for c in costs)
         out = 2 * prod(problem.output_shape) * problem.out_dtype.itemsize
+        if problem.rhs_shape[0] < _LANES:
+            moved += out * _LANES // problem.rhs_shape[0]
         time = sum(1000 * c.flops // c.efficiency for c in costs)
         return Cost(
             flops, moved + out, out + max((c.workspace for c in costs), default=0), max(1, 1000 * flops // max(time, 1)),

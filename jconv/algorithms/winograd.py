@@ -95,12 +95,14 @@ class Winograd:
             images, features = features, images
         components = (self.tile + 2) ** len(_axes(problem))
         rows, out, other = images * prod(tiles), problem.rhs_shape[0], _other_taps(problem)
-        width = features if problem.is_weight_gradient else min(features, out)
-        efficiency = 1000 * width // (width + 24) * rows // (rows + 64) + 1
-        kernel = components * problem.lhs_shape[1] * out if not problem.is_weight_gradient else 0
-        stored = components * (rows * (features + out) + 2 * kernel) * problem.dtype.itemsize
+        kernel = 0 if problem.is_weight_gradient else features * out * other
+        stored = components * (rows * (features + out) + kernel) * problem.dtype.itemsize
+        efficiency = 550 if problem.is_weight_gradient else 950
+        for width in (features, out):
+            efficiency = efficiency * width**2 // (width**2 + 24**2)
         flops = 2 * components * rows * features * out * other
-        return Cost(flops, operand_bytes(problem) + 3 * stored // 2, stored, efficiency, kernels=7 + 2 * other)
+        moved = operand_bytes(problem) + 5 * stored // 4
+        return Cost(flops, moved, stored, efficiency * rows // (rows + 32) + 1, kernels=7 + 2 * other)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         if problem.is_weight_gradient:

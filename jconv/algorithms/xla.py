@@ -24,11 +24,10 @@ class Xla:
         return None
 
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
-        flops = 2 * problem.macs // (1 if problem.groups > 1 else prod(problem.lhs_dilation))  # it skips the holes
-        efficiency = 850 if device.vendor_default else _cpu_efficiency(problem)
-        return Cost(
-            flops, operand_bytes(problem), 0, efficiency, "conv", threads=1 if problem.rhs_shape[0] <= 96 else 0
-        )
+        if device.vendor_default:
+            return Cost(2 * problem.macs // prod(problem.lhs_dilation), operand_bytes(problem), 0, 850, "conv")
+        threads = 1 if problem.rhs_shape[0] <= _SERIAL or problem.groups > 1 else 0
+        return Cost(2 * problem.macs, operand_bytes(problem), 0, _cpu_efficiency(problem), "conv", threads=threads)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         if problem.is_empty:
@@ -37,19 +36,30 @@ class Xla:
         return lax_convolution(problem, lhs, rhs)
 
 
+_LANES = 16
+_SERIAL = 96  # output features up to which XLA:CPU's convolution runs on one thread
+
+
 def _cpu_efficiency(problem: ConvProblem) -> int:
-    """Thousandths of the matrix-product rate that XLA:CPU was measured to reach (``make bench``)."""
-    out_features, depth = problem.rhs_shape[0], prod(problem.rhs_shape[1:])
+    """Thousandths of its best rate that XLA:CPU's convolution was measured to reach (``make bench``).
+
+    What it knows well is a dense 2-D convolution with many products for each of many output features. Groups, their
+    kernel gradients above all, and windows of three axes are loops that nothing has optimised; holes in lhs
+    are multiplied like data.
+    """
+    out, depth = problem.rhs_shape[0], prod(problem.rhs_shape[1:])
     if problem.batch_groups > 1:
         return max(1, 600 // problem.groups**2)
     if problem.feature_groups > 1:
         return max(6, min(400, 13 * problem.rhs_shape[1]))
-    if problem.spatial_rank == 3:
-        return 220
     if problem.is_weight_gradient:
-        if prod(problem.output_shape[2:]) == 1:
-            return 220
-        if problem.lhs_shape[0] == 1 or out_features < 8:
+        taps = prod(problem.output_shape[2:])
+        if taps == 1:
             return 150
-        return 850 if out_features >= 64 else 420 if out_features >= 32 else 45
-    return (780 if problem.is_pointwise else 950) * min(depth, 100) // 100 + 1
+        work = out * taps * problem.lhs_shape[0]
+        vectors = 50 + 650 * (out // _LANES * _LANES) // out
+        return vectors * work // (work + 3000) // (5 if problem.spatial_rank == 3 else 1) + 1
+    if problem.is_pointwise:
+        return 850 * depth // (depth + 24) * out // (out + 8) // (2 if any(s > 1 for s in problem.strides) else 1) + 1
+    work = (out * depth) ** 2
+    return {1: 400, 3: 250}.get(problem.spatial_rank, 950) * work // (work + 1800**2) + 1
