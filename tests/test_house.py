@@ -23,6 +23,8 @@ FLOORS = {
             ("adjoint", "store", "algorithms.base", "algorithms"),
             (
                 "algorithms.xla",
+                "algorithms.depthwise",
+                "algorithms.grouped",
                 "algorithms.pointwise",
                 "algorithms.patches",
                 "algorithms.direct",

@@ -148,7 +148,7 @@ def test_not_vacuous():
     assert served["im2col"] >= len(CASES) - 2
     least = {
         "pointwise": 10, "patches": 3, "direct": 30, "winograd": 20, "winograd4": 20, "fold": 25, "fft": 8, "volume": 8,
-        "phase": 8,
+        "phase": 8, "depthwise": 14, "grouped": 12,
     }  # fmt: skip
     assert all(served[name] >= count for name, count in least.items()), served
     assert len({c.name for c in CASES}) == len(CASES)

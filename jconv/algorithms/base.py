@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
+from itertools import product
+from math import gcd, prod
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -19,6 +20,7 @@ from jconv.problem import ConvProblem, is_static
 
 Unit = Literal["dot", "conv", "vector", "fft"]
 Accuracy = Literal["direct", "bounded", "loose"]
+Run = Callable[[ConvProblem, jax.Array, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -160,17 +162,104 @@ def accumulator(problem: ConvProblem) -> np.dtype:
     return np.dtype(np.float32) if narrow else problem.out_dtype
 
 
-def chained_sum(terms: Sequence[jax.Array], chains: int = 4) -> jax.Array:
-    """The sum in ``chains`` independent chains: one alone would wait for each addition before the next."""
+def summed(terms: Sequence[jax.Array], chains: int) -> jax.Array:
+    """The sum, in chains that do not wait for one another: a single one is bound by the latency of an addition."""
     sums = [functools.reduce(operator.add, terms[i::chains]) for i in range(min(chains, len(terms)))]
-    while len(sums) > 1:
-        sums = [functools.reduce(operator.add, sums[i : i + 2]) for i in range(0, len(sums), 2)]
-    return sums[0]
+    return functools.reduce(operator.add, sums)
+
+
+def unreversed(problem: ConvProblem, rhs: jax.Array) -> tuple[ConvProblem, jax.Array]:
+    """The problem that reads its window from the start, and the kernel for it: for small kernels, a cheap copy."""
+    if not problem.reversed:
+        return problem, rhs
+    return problem.replace(reversed=False), lax.rev(rhs, problem.layout.rhs_spec[2:])
 
 
 def options(problem: ConvProblem) -> dict[str, Any]:
     """What a matrix product takes over from the convolution."""
     return {"precision": problem.precision, "preferred_element_type": problem.preferred_element_type}
+
+
+def phases(problem: ConvProblem, i: int) -> tuple[int, int, list[list[tuple[int, int]]]]:
+    """Along spatial axis i: outputs of a phase, the step of their slices, and for each phase (tap, start) of its taps.
+
+    Let h be the dilation of lhs, d that of rhs, s the stride and lo the low padding. Output j reads lhs at
+    (j s + t d - lo) / h for those taps t that make it a whole number. Write j = q P + r with P = h / gcd(s, h): then
+    the taps of a phase r are the same for all q, and lhs moves by s / gcd(s, h) from q to q + 1.
+    """
+    h, d, s, (low, _) = problem.lhs_dilation[i], problem.rhs_dilation[i], problem.strides[i], problem.padding[i]
+    count = h // gcd(s, h)
+    at = [[(t, r * s + t * d - low) for t in range(problem.window[i])] for r in range(count)]
+    whole = [[(t, start // h) for t, start in taps if start % h == 0] for taps in at]
+    return -(-problem.output_shape[2 + i] // count), s // gcd(s, h), whole
+
+
+def interleaved(parts: Sequence[jax.Array], spatial: Sequence[int], counts: Sequence[int]) -> jax.Array:
+    """Phase r of axis a goes to the places r, r + counts[a], ..."""
+    if len(parts) == 1:
+        return parts[0]
+    shape, n = parts[0].shape, len(counts)
+    order, merged = [], list(shape)
+    for axis in range(len(shape)):
+        order.append(n + axis)
+        if axis in spatial:
+            i = spatial.index(axis)
+            order.append(i)
+            merged[axis] *= counts[i]
+    return jnp.stack(parts).reshape(*counts, *shape).transpose(order).reshape(merged)
+
+
+def phase_problems(
+    problem: ConvProblem,
+) -> Iterator[tuple[list[tuple[int, int, int]], list[tuple[int, int]], ConvProblem] | None]:
+    """For each phase of :func:`phases`, in the order of the product of the axes, the taps of its kernel as
+    (first, count, step) of rhs, what to cut off lhs, and its problem on what is left; None where no tap meets lhs."""
+    axes = [phases(problem, i) for i in range(problem.spatial_rank)]
+    for phase in product(*(of_axis for _, _, of_axis in axes)):
+        if not all(phase):
+            yield None
+            continue
+        kernel, cut, padding, dilation = [], [], [], []
+        for i, taps in enumerate(phase):
+            (first, at), (size, step, _) = taps[0], axes[i]
+            every, apart = (taps[1][0] - first, taps[1][1] - at) if len(taps) > 1 else (1, 1)
+            low, high = -at, at + (size - 1) * step + (len(taps) - 1) * apart + 1 - problem.lhs_shape[2 + i]
+            start = problem.window[i] - 1 - first - (len(taps) - 1) * every if problem.reversed else first
+            kernel.append((start, len(taps), every))
+            cut.append((max(-low, 0), max(-high, 0)))
+            padding.append((max(low, 0), max(high, 0)))
+            dilation.append(apart)
+        left = [n - a - b for n, (a, b) in zip(problem.lhs_shape[2:], cut, strict=True)]
+        if min(left) < 1:
+            yield None
+            continue
+        part = problem.replace(
+            lhs_shape=(*problem.lhs_shape[:2], *left), rhs_shape=(*problem.rhs_shape[:2], *(n for _, n, _ in kernel)),
+            strides=tuple(step for _, step, _ in axes), padding=tuple(padding),
+            lhs_dilation=(1,) * problem.spatial_rank, rhs_dilation=tuple(dilation),
+        )  # fmt: skip
+        yield kernel, cut, part
+
+
+def by_phase(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array, run: Run) -> jax.Array:
+    """Holes in lhs: each phase is ``run`` on lhs without holes and every so many taps of rhs; then they interleave."""
+    lhs_spec, rhs_spec, out_spec = problem.layout
+    axes = [phases(problem, i) for i in range(problem.spatial_rank)]
+    shape = list(problem.physical_output_shape)
+    for axis, (size, _, _) in zip(out_spec[2:], axes, strict=True):
+        shape[axis] = size
+    parts = []
+    for found in phase_problems(problem):
+        if found is None:
+            parts.append(jnp.zeros(shape, problem.out_dtype))
+            continue
+        kernel, cut, part = found
+        start, sizes, steps = zip(*kernel, strict=True)
+        w = strided(rhs, rhs_spec[2:], start, sizes, steps)
+        x = strided(lhs, lhs_spec[2:], [low for low, _ in cut], part.lhs_shape[2:], (1,) * len(cut))
+        parts.append(run(part, x, w))
+    y = interleaved(parts, out_spec[2:], [len(of_axis) for _, _, of_axis in axes])
+    return lax.slice(y, (0,) * y.ndim, problem.physical_output_shape)
 
 
 def inverse(spec: Sequence[int]) -> tuple[int, ...]:

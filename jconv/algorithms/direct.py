@@ -11,13 +11,13 @@ from jconv.algorithms.base import (
     Accuracy,
     Cost,
     accumulator,
-    chained_sum,
     channel_last,
     from_channel_last,
     operand_bytes,
     pad_and_dilate,
     refuse_unsized,
     strided,
+    summed,
     taps,
 )  # fmt: skip
 from jconv.device import Device
@@ -59,4 +59,4 @@ class Direct:
         for index, offset in taps(problem):
             part = strided(x, spatial, offset, problem.output_shape[2:], problem.strides)
             terms += [part[..., c : c + 1] * w[index][c] for c in range(w.shape[-2])]
-        return from_channel_last(problem, chained_sum(terms).astype(problem.out_dtype))
+        return from_channel_last(problem, summed(terms, chains=4).astype(problem.out_dtype))

@@ -1,9 +1,11 @@
 """Every algorithm, in one visible tuple. ``xla`` stands last and refuses nothing."""
 
 from jconv.algorithms.base import Algorithm
+from jconv.algorithms.depthwise import Depthwise
 from jconv.algorithms.direct import Direct
 from jconv.algorithms.fft import Fft
 from jconv.algorithms.fold import Fold
+from jconv.algorithms.grouped import Grouped
 from jconv.algorithms.im2col import Im2col
 from jconv.algorithms.patches import Patches
 from jconv.algorithms.phase import Phase
@@ -15,6 +17,8 @@ from jconv.algorithms.xla import Xla
 ALGORITHMS: tuple[Algorithm, ...] = (
     Pointwise(),
     Patches(),
+    Depthwise(),
+    Grouped(),
     Direct(),
     Winograd(),
     Winograd("winograd4", tile=4, accuracy="loose"),

@@ -1,0 +1,324 @@
+"""One input feature a group: slices of the input, multiplied and added elementwise, in the caller's own layout.
+
+Where lhs has no holes the result is one sum of strided slices; else it is one for each phase (``base.phases``), and no
+zero is multiplied. A kernel gradient is dk[t] = sum over n and o of lhs[n, t s + o d - lo] g[n, o]: products of slices again,
+summed over blocks of o inside one loop and over the rest by a tree.
+
+XLA:CPU makes one loop of such a sum, bound by its loads. ``lax.complex(a, b)`` is the one way to give a loop two
+results that share them: two rows of the output, or two taps of a kernel gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jconv.algorithms.base import (
+    Accuracy,
+    Cost,
+    accumulator,
+    interleaved,
+    inverse,
+    operand_bytes,
+    phases,
+    refuse_unsized,
+    summed,
+    unreversed,
+)
+from jconv.device import Device
+from jconv.problem import ConvProblem, is_static
+
+_MOST_TAPS = 121  # one loop over more of them spills: 8 times slower at 169
+_TAPS_OF_PAIRS = 16  # from here on what two rows share outweighs the pass that parts them
+_CACHED_WEIGHTS = 6144  # taps times channels that stay in the first-level cache beside the rows they meet
+_CACHED_BYTES = 1 << 18  # of both operands of a kernel gradient, in the second-level cache
+_APART = 16  # uses of a slice from which XLA copies it; fused, its moving start makes the loop scalar
+_PRODUCTS = 448  # taps times products in one sum of a kernel gradient: its compile time
+
+Where = dict[int, tuple[int, int, int]]  # axis: (start, size, step) of a slice
+
+
+@dataclass(frozen=True)
+class Depthwise:
+    """Shifted multiply-adds; for a kernel gradient a sum of products for each tap."""
+
+    name: str = "depthwise"
+    accuracy: Accuracy = "direct"
+
+    def why_not(self, problem: ConvProblem) -> str | None:
+        if problem.groups == 1:
+            return "needs groups, got one"
+        if problem.feature_groups > 1 and problem.rhs_shape[1] != 1:
+            return f"needs one input feature a group, got {problem.rhs_shape[1]}"
+        if problem.batch_groups > 1 and problem.output_shape[0] != 1:
+            return f"needs one image a batch group, got {problem.output_shape[0]}"
+        if problem.batch_groups > 1 and not is_static(problem.lhs_shape[1]):
+            return "needs the batch of a kernel gradient to be a number, not a symbol"
+        refusal = refuse_unsized(problem)
+        if refusal is None and prod(_window(problem)) > _MOST_TAPS:
+            return f"needs at most {_MOST_TAPS} taps, got {prod(_window(problem))}"
+        return refusal
+
+    def cost(self, problem: ConvProblem, device: Device) -> Cost:
+        padded = prod(problem.lhs_shape[:2]) * prod(problem.padded) * accumulator(problem).itemsize
+        taps, gradient = prod(_window(problem)), problem.batch_groups > 1
+        flops = 2 * problem.macs // (1 if gradient else prod(problem.lhs_dilation))
+        return Cost(flops, operand_bytes(problem), padded, 400 if gradient else min(1000, 500 + 10 * taps))
+
+    def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        problem, rhs = unreversed(problem, rhs)
+        wide = accumulator(problem)
+        of = _kernel_gradient if problem.batch_groups > 1 else _convolved
+        return of(problem, lhs.astype(wide), rhs.astype(wide)).astype(problem.out_dtype)
+
+
+def _window(problem: ConvProblem) -> tuple[int, ...]:
+    """The taps, which in a kernel gradient are what comes out."""
+    return problem.output_shape[2:] if problem.batch_groups > 1 else problem.window
+
+
+def _convolved(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    lhs_spec, rhs_spec, out_spec = problem.layout
+    feature_axis, spatial = lhs_spec[1], lhs_spec[2:]
+    x = _repeated(lhs, feature_axis, problem.rhs_shape[0] // problem.lhs_shape[1])
+    w = rhs.transpose(*rhs_spec[2:], *rhs_spec[:2])[..., 0]
+    axes = [phases(problem, i) for i in range(problem.spatial_rank)]
+    row_axis = min(spatial, default=feature_axis)
+    in_pairs = prod(problem.window) >= _TAPS_OF_PAIRS and x.dtype.kind == "f" and row_axis < x.ndim - 1
+    in_pairs = in_pairs and all(len(of_axis) == 1 for _, _, of_axis in axes)
+    pads = [(0, 0, 0)] * x.ndim
+    reads = []
+    for axis, (size, step, of_axis) in zip(spatial, axes, strict=True):
+        size += size % 2 if in_pairs and axis == row_axis else 0
+        starts = [start for taps in of_axis for _, start in taps] or [0]
+        low, end = max(0, -min(starts)), max(starts) + (size - 1) * step + 1
+        pads[axis] = (low, max(0, end - x.shape[axis]), 0)
+        reads.append([[(t, axis, (start + low, size, step)) for t, start in taps] for taps in of_axis])
+    parts = [
+        [(tuple(t for t, _, _ in tap), {axis: where for _, axis, where in tap}) for tap in product(*phase)]
+        for phase in product(*reads)
+    ]
+    if in_pairs:
+        y = _in_row_pairs(x, w, parts[0], pads, feature_axis, row_axis)
+    else:
+        x = _pad(x, pads)
+        sums = [_weighted(x, w, taps, feature_axis) if taps else None for taps in parts]
+        shape = list(x.shape)
+        for axis, (size, _, _) in zip(spatial, axes, strict=True):
+            shape[axis] = size
+        whole = [jnp.zeros(shape, x.dtype) if part is None else part for part in sums]
+        y = interleaved(whole, spatial, [len(of_axis) for _, _, of_axis in axes])
+    for axis, size in zip(spatial, problem.output_shape[2:], strict=True):
+        y = lax.slice_in_dim(y, 0, size, axis=axis)
+    return y.transpose(tuple(lhs_spec[axis] for axis in inverse(out_spec)))
+
+
+def _weighted(
+    x: jax.Array, w: jax.Array, taps: Sequence[tuple[tuple[int, ...], Where]], feature_axis: int
+) -> jax.Array:
+    column = [-1 if axis == feature_axis else 1 for axis in range(x.ndim)]
+    return summed([_slice(x, where) * w[tap].reshape(column) for tap, where in taps], chains=4)
+
+
+def _in_row_pairs(
+    x: jax.Array,
+    w: jax.Array,
+    taps: Sequence[tuple[tuple[int, ...], Where]],
+    pads: Sequence[tuple[int, int, int]],
+    feature_axis: int,
+    row_axis: int,
+) -> jax.Array:
+    """Rows 2i and 2i + 1 as the two parts of one complex number, channel block by channel block."""
+
+    def pair(x: jax.Array, w: jax.Array) -> jax.Array:
+        x, rows = _pad(x, pads), []
+        for odd in (0, 1):
+            of_row = []
+            for tap, where in taps:
+                start, size, step = where[row_axis]
+                of_row.append((tap, {**where, row_axis: (start + odd * step, size // 2, 2 * step)}))
+            rows.append(_weighted(x, w, of_row, feature_axis))
+        return lax.complex(*rows)
+
+    channels = x.shape[feature_axis]
+    limit = _CACHED_WEIGHTS // len(taps) if feature_axis == x.ndim - 1 else channels
+    width = next((c for c in range(min(limit, channels) // 16 * 16, 16, -16) if channels % c == 0), channels)
+    if width == channels:
+        z = _apart(pair, x, w)
+    else:
+        z = lax.map(
+            lambda at: pair(
+                lax.dynamic_slice_in_dim(x, at, width, x.ndim - 1), lax.dynamic_slice_in_dim(w, at, width, w.ndim - 1)
+            ),
+            jnp.arange(0, channels, width),
+        )
+        z = jnp.moveaxis(z, 0, -2)
+        z = z.reshape(*z.shape[:-2], channels)
+    y = jnp.stack([z.real, z.imag], row_axis + 1)
+    return y.reshape(*y.shape[:row_axis], -1, *y.shape[row_axis + 2 :])
+
+
+def _apart(f: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+    """f(*args), fused with nothing: XLA would compute the real and the imaginary part each for itself. It does not fuse
+    across a conditional, and that this one is always taken shows only when it runs."""
+    first = lax.slice(args[0], (0,) * args[0].ndim, (1,) * args[0].ndim).reshape(())
+    true = (lax.bitcast_convert_type(first.astype(jnp.float32), jnp.int32) | 1) != 0
+    result = jax.eval_shape(f, *args)
+    return lax.cond(true, f, lambda *_: jnp.zeros(result.shape, result.dtype), *args)
+
+
+def _kernel_gradient(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    lhs_spec, rhs_spec, out_spec = problem.layout
+    x = _repeated(lhs, lhs_spec[0], problem.rhs_shape[0] // problem.groups)
+    g = rhs.transpose(tuple(rhs_spec[axis] for axis in inverse(lhs_spec)))
+    first, *others = _window(problem) or (1,)
+    # Neighbours along the first axis, which one sum takes several positions of, share most of what they load.
+    taps = [(t, *rest)[: problem.spatial_rank] for rest in np.ndindex(*others) for t in range(first)]
+    rows = _rows_at_once(problem)
+    z = _tap_sums(problem, x, g, taps) if rows is None else _by_chunks(problem, rows, x, g, taps)
+    if x.dtype.kind == "f":
+        z = jnp.stack([z.real, z.imag], 1).reshape(-1, z.shape[-1])[: len(taps)]
+    kernel = jnp.moveaxis(z.reshape(*others, first, 1, -1), len(others), 0).reshape(*_window(problem), 1, -1)
+    logical = (kernel.ndim - 2, kernel.ndim - 1, *range(kernel.ndim - 2))
+    return kernel.transpose(tuple(logical[axis] for axis in inverse(out_spec)))
+
+
+def _rows_at_once(problem: ConvProblem) -> int | None:
+    """Rows of a chunk that stays in the second-level cache while many taps read it; None for all at once."""
+    spatial, taps = problem.layout.lhs_spec[2:], prod(_window(problem))
+    if taps < _TAPS_OF_PAIRS or not spatial or min(spatial) == len(spatial) + 1:
+        return None
+    rows = problem.window[spatial.index(min(spatial))]
+    image = problem.rhs_shape[0] * prod(problem.window) * (1 + prod(problem.rhs_dilation)) * problem.dtype.itemsize
+    if image * problem.rhs_shape[1] <= _CACHED_BYTES:
+        return None
+    return min(rows, max(4, rows * _CACHED_BYTES // image // 4 * 4))
+
+
+def _by_chunks(
+    problem: ConvProblem, rows: int, x: jax.Array, g: jax.Array, taps: Sequence[tuple[int, ...]]
+) -> jax.Array:
+    """One image and ``rows`` rows of g at a time, with the rows of x that they meet."""
+    batch_axis, spatial = problem.layout.lhs_spec[1], problem.layout.lhs_spec[2:]
+    row_axis = min(spatial)
+    count = -(-g.shape[row_axis] // rows)
+    x_pads, g_pads = [(0, 0, 0)] * x.ndim, [(0, 0, 0)] * g.ndim
+    x_sizes, g_sizes, row_step = [*x.shape], [*g.shape], 1
+    for i, axis in enumerate(spatial):
+        length = count * rows if axis == row_axis else g.shape[axis]
+        s, d, (low, _) = problem.strides[i], problem.rhs_dilation[i], problem.padding[i]
+        window_reach = (_window(problem)[i] - 1) * s + 1
+        x_sizes[axis] = window_reach + (length - 1) * d
+        x_pads[axis] = (low, x_sizes[axis] - low - problem.lhs_extent[i], problem.lhs_dilation[i] - 1)
+        if axis == row_axis:
+            g_pads[axis] = (0, length - g.shape[axis], 0)
+            x_sizes[axis], g_sizes[axis], row_step = window_reach + (rows - 1) * d, rows, d
+    x, g = _pad(x, x_pads), _pad(g, g_pads)
+    x_sizes[batch_axis] = g_sizes[batch_axis] = 1
+    chunk = problem.replace(
+        lhs_shape=tuple(x_sizes[axis] for axis in problem.layout.lhs_spec),
+        rhs_shape=tuple(g_sizes[axis] for axis in problem.layout.lhs_spec),
+        padding=((0, 0),) * len(spatial),
+        lhs_dilation=(1,) * len(spatial),
+    )
+
+    def add(b: jax.Array, z: jax.Array) -> jax.Array:
+        starts = [jnp.zeros_like(b)] * x.ndim
+        starts[batch_axis] = b // count
+        x_starts, g_starts = list(starts), list(starts)
+        x_starts[row_axis], g_starts[row_axis] = b % count * rows * row_step, b % count * rows
+        part = (lax.dynamic_slice(x, x_starts, x_sizes), lax.dynamic_slice(g, g_starts, g_sizes))
+        return z + _tap_sums(chunk, *part, taps, chunked=True)
+
+    result = jax.eval_shape(functools.partial(_tap_sums, problem, taps=taps), x, g)
+    return lax.fori_loop(0, x.shape[batch_axis] * count, add, jnp.zeros(result.shape, result.dtype))
+
+
+def _tap_sums(
+    problem: ConvProblem, x: jax.Array, g: jax.Array, taps: Sequence[tuple[int, ...]], chunked: bool = False
+) -> jax.Array:
+    """For each feature the sum of each tap in the order of ``taps``; of real numbers, two sums in a complex one."""
+    feature_axis, _, *spatial = problem.layout.lhs_spec
+    lengths = _block_lengths(problem, chunked)
+    x_pads, g_pads, reads = [(0, 0, 0)] * x.ndim, [(0, 0, 0)] * x.ndim, []
+    for i, (axis, length) in enumerate(zip(spatial, lengths, strict=True)):
+        s, d, (low, _), size = problem.strides[i], problem.rhs_dilation[i], problem.padding[i], problem.window[i]
+        blocks = -(-size // length)
+        end = (_window(problem)[i] - 1) * s + (blocks * length - 1) * d + 1 - low
+        x_pads[axis] = (max(0, low), max(0, end - problem.lhs_extent[i]), problem.lhs_dilation[i] - 1)
+        g_pads[axis] = (0, blocks * length - size, 0)
+        reads.append((axis, s, d, max(0, -low), blocks, length))
+    x, g = _pad(x, x_pads), _pad(g, g_pads)
+
+    def products(tap: tuple[int, ...]) -> jax.Array:
+        terms = []
+        for at in np.ndindex(*lengths):
+            x_where = {
+                a: (first + t * s + o * d, n, k * d)
+                for t, o, (a, s, d, first, n, k) in zip(tap, at, reads, strict=True)
+            }
+            g_where = {a: (o, n, k) for o, (a, _, _, _, n, k) in zip(at, reads, strict=True)}
+            terms.append(_slice(x, x_where) * _slice(g, g_where))
+        return summed(terms, chains=2)
+
+    sums = [products(tap) for tap in taps]
+    if x.dtype.kind == "f":
+        sums += sums[-1:] * (len(sums) % 2)
+        sums = [lax.complex(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
+    z = jnp.stack(sums)
+    z = z.reshape(len(sums), prod(z.shape[1 : 1 + feature_axis]), z.shape[1 + feature_axis], -1)
+    return _total(_total(z, 1), 3)[:, 0, :, 0]
+
+
+def _block_lengths(problem: ConvProblem, chunked: bool) -> tuple[int, ...]:
+    """Positions of each spatial axis that one sum takes; only one of the innermost axis, unless that holds features.
+
+    From a chunk, at least ``_APART`` in all. Else divisors are preferred, which need no padding."""
+    spatial, lengths = problem.layout.lhs_spec[2:], [1] * problem.spatial_rank
+    axes = [axis for axis in sorted(spatial) if axis < len(spatial) + 1]
+    budget = _APART if chunked else max(1, _PRODUCTS // prod(_window(problem)))
+    for left, axis in zip(range(len(axes), 0, -1), axes, strict=True):
+        i = spatial.index(axis)
+        size = problem.window[i]
+        if chunked:
+            lengths[i] = min(size, next(n for n in range(1, budget + 1) if n**left >= budget))
+            budget = -(-budget // lengths[i])
+        else:
+            most = min(size, budget, 16)
+            divisor = next(n for n in range(most, 0, -1) if size % n == 0)
+            lengths[i] = divisor if 2 * divisor >= most else most
+            budget //= lengths[i]
+    return tuple(lengths)
+
+
+def _total(z: jax.Array, axis: int) -> jax.Array:
+    """The sum along an axis, kept, by a tree of slices, which XLA makes vectors of."""
+    while (size := z.shape[axis]) > 1:
+        count = next((n for n in range(min(size, 64), 8, -1) if size % n == 0), min(size, 32))
+        length = -(-size // count)
+        z = _pad(z, [(0, count * length - size, 0) if a == axis else (0, 0, 0) for a in range(z.ndim)])
+        z = summed([lax.slice_in_dim(z, i * length, (i + 1) * length, axis=axis) for i in range(count)], chains=4)
+    return z
+
+
+def _repeated(x: jax.Array, axis: int, times: int) -> jax.Array:
+    """Each feature as often as a multiplier gives it outputs."""
+    return x if times == 1 else jnp.repeat(x, times, axis)
+
+
+def _pad(x: jax.Array, config: Sequence[tuple[int, int, int]]) -> jax.Array:
+    return lax.pad(x, jnp.zeros((), x.dtype), config) if any(map(any, config)) else x
+
+
+def _slice(x: jax.Array, where: Where) -> jax.Array:
+    parts = [where.get(axis, (0, size, 1)) for axis, size in enumerate(x.shape)]
+    stops = [start + (size - 1) * step + 1 for start, size, step in parts]
+    return lax.slice(x, [start for start, _, _ in parts], stops, [step for _, _, step in parts])

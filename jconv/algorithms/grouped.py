@@ -1,0 +1,206 @@
+"""Several input features a group: a loop over blocks of groups, each block one product of matrices.
+
+A block is one group, or as many narrow ones as fill a vector, with zeros off the diagonal of its kernel (so that a NaN
+or an infinity reaches the groups of its block). The slices of a block's input lie side by side, for all taps or,
+without a stride, for all but those of the first axis: then one product gives the terms of every tap t of that axis, and
+y[i] = sum over t of product[i + t d, t] adds them, shifted. In a kernel gradient the columns meet the cotangent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jconv.algorithms.base import (
+    Accuracy,
+    Cost,
+    accumulator,
+    by_phase,
+    inverse,
+    operand_bytes,
+    pad_and_dilate,
+    refuse_unsized,
+    summed,
+    unreversed,
+)
+from jconv.device import Device
+from jconv.problem import ConvProblem, is_static
+
+_MOST_TAPS = 128
+_NARROW = 32  # features of a block below which the shifted sums cost less than more columns
+_CHUNK_BYTES = 1 << 21  # of columns at a time
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Row-fold or columns, block by block of the groups."""
+
+    name: str = "grouped"
+    accuracy: Accuracy = "direct"
+
+    def why_not(self, problem: ConvProblem) -> str | None:
+        if problem.groups == 1:
+            return "needs groups, got one"
+        if problem.batch_groups > 1 and not is_static(*problem.lhs_shape[:2]):
+            return "needs the batch of a kernel gradient to be a number, not a symbol"
+        features = problem.output_shape[0] if problem.batch_groups > 1 else problem.rhs_shape[1]
+        refusal = refuse_unsized(problem)
+        if refusal is not None:
+            return refusal
+        if features < 2:
+            return f"needs two or more input features a group, got {features}"
+        if prod(_window(problem)) > _MOST_TAPS:
+            return f"needs at most {_MOST_TAPS} taps, got {prod(_window(problem))}"
+        return None
+
+    def cost(self, problem: ConvProblem, device: Device) -> Cost:
+        q, features, _ = _block(problem)
+        gradient, taps = problem.batch_groups > 1, prod(_window(problem))
+        positions = prod((problem.rhs_shape if gradient else problem.output_shape)[2:])
+        images = problem.lhs_shape[1 if gradient else 0]
+        size = problem.dtype.itemsize
+        columns = positions * images * features * problem.groups * size * taps
+        columns //= problem.window[0] if _folds(problem) else 1
+        return Cost(
+            2 * problem.macs * q // (1 if gradient else prod(problem.lhs_dilation)),
+            operand_bytes(problem) + 2 * columns,
+            columns // images * _images(images, columns // images * q // problem.groups) * q // problem.groups,
+            min(1900, (400 if gradient else 600) + 7 * q * features),
+        )
+
+    def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        problem, rhs = unreversed(problem, rhs)
+        if problem.batch_groups > 1:
+            return _kernel_gradient(problem, lhs, rhs)
+        return (
+            _convolved(problem, lhs, rhs)
+            if prod(problem.lhs_dilation) == 1
+            else by_phase(problem, lhs, rhs, _convolved)
+        )
+
+
+def _window(problem: ConvProblem) -> tuple[int, ...]:
+    """The taps, which in a kernel gradient are what comes out."""
+    return problem.output_shape[2:] if problem.batch_groups > 1 else problem.window
+
+
+def _block(problem: ConvProblem) -> tuple[int, int, int]:
+    """Groups to a block, and the input and output features of each group."""
+    gradient = problem.batch_groups > 1
+    features, outputs = (
+        problem.lhs_shape[0 if gradient else 1] // problem.groups,
+        problem.rhs_shape[0] // problem.groups,
+    )
+    wanted = max(1, (16 if gradient else 8) // features)
+    return next(q for q in range(wanted, 0, -1) if problem.groups % q == 0), features, outputs
+
+
+def _folds(problem: ConvProblem) -> bool:
+    q, features, _ = _block(problem)
+    forward = problem.batch_groups == 1 and problem.spatial_rank > 0
+    return forward and problem.strides[0] == 1 and q * features < _NARROW
+
+
+def _images(batch: int, bytes_each: int) -> int:
+    """Images at a time: a divisor of the batch, or all of a batch that is a symbol."""
+    if not is_static(batch):
+        return batch
+    return next(n for n in range(batch, 0, -1) if batch % n == 0 and (n == 1 or n * bytes_each <= _CHUNK_BYTES))
+
+
+def _convolved(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    (batch_axis, feature_axis, *spatial), rhs_spec, out_spec = problem.layout
+    q, features, outputs = _block(problem)
+    blocks, window, batch = problem.groups // q, problem.window, problem.lhs_shape[0]
+    fold = window[0] if _folds(problem) else 1
+    w = rhs.transpose(*rhs_spec[2:], rhs_spec[1], rhs_spec[0])
+    w = w.reshape(fold, -1, features, blocks, q, outputs).transpose(3, 1, 4, 2, 0, 5)
+    if q > 1:
+        w = jnp.where(jnp.eye(q, dtype=bool)[:, None, None, :, None], w[..., None, :], 0)
+    w = w.reshape(blocks, -1, fold * q * outputs)
+    sizes = list(problem.output_shape[2:])
+    taps = [range(k) for k in window]
+    if fold > 1:
+        sizes[0] += (fold - 1) * problem.rhs_dilation[0]
+        taps[0] = range(1)
+    images = _images(batch, prod(sizes) * w.shape[1] * problem.dtype.itemsize)
+    chunks = batch // images if is_static(batch) else 1
+
+    def block(i: jax.Array) -> jax.Array:
+        x = _part(lhs, (batch_axis, *spatial, feature_axis), i % chunks, images, i // chunks, q * features)
+        x = pad_and_dilate(problem, x, range(1, x.ndim - 1))
+        x = _columns(x, taps, problem.rhs_dilation, sizes, problem.strides)
+        y = lax.dot_general(
+            x,
+            lax.dynamic_index_in_dim(w, i // chunks, keepdims=False),
+            (((x.ndim - 1,), (0,)), ((), ())),
+            precision=problem.precision,
+            preferred_element_type=accumulator(problem),
+        )
+        if fold > 1:
+            y = y.reshape(*y.shape[:-1], fold, q * outputs)
+            shifts = [t * problem.rhs_dilation[0] for t in range(fold)]
+            parts = [
+                lax.slice_in_dim(y[..., t, :], at, at + problem.output_shape[2], axis=1) for t, at in enumerate(shifts)
+            ]
+            y = summed(parts, chains=1)
+        return y.astype(problem.out_dtype)
+
+    y = lax.map(block, jnp.arange(blocks * chunks))
+    y = y.reshape(blocks, batch, *y.shape[2:])
+    y = y.transpose(1, 0, y.ndim - 1, *range(2, y.ndim - 1)).reshape(problem.output_shape)
+    return y.transpose(inverse(out_spec))
+
+
+def _kernel_gradient(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    (feature_axis, batch_axis, *spatial), rhs_spec, out_spec = problem.layout
+    q, features, outputs = _block(problem)
+    blocks, window, batch = problem.groups // q, _window(problem), problem.lhs_shape[1]
+    images = _images(batch, prod(problem.window) * prod(window) * q * features * problem.dtype.itemsize)
+    taps = [range(k) for k in window]
+
+    def part(b: jax.Array, i: jax.Array) -> jax.Array:
+        x = _part(lhs, (batch_axis, *spatial, feature_axis), i, images, b, q * features)
+        x = pad_and_dilate(problem, x, range(1, x.ndim - 1))
+        x = _columns(x, taps, problem.strides, problem.window, problem.rhs_dilation)
+        g = _part(rhs, (rhs_spec[1], *rhs_spec[2:], rhs_spec[0]), i, images, b, q * outputs)
+        positions = tuple(range(x.ndim - 1))
+        return lax.dot_general(
+            g, x, ((positions, positions), ((), ())),
+            precision=problem.precision, preferred_element_type=accumulator(problem),
+        )  # fmt: skip
+
+    def block(b: jax.Array) -> jax.Array:
+        z = part(b, jnp.zeros_like(b))
+        return lax.fori_loop(1, batch // images, lambda i, z: z + part(b, jnp.full_like(b, i)), z)
+
+    z = lax.map(block, jnp.arange(blocks)).reshape(blocks, q, outputs, prod(window), q, features)
+    z = jnp.stack([z[:, i, :, :, i] for i in range(q)], 1)
+    z = z.reshape(problem.rhs_shape[0], *window, features).astype(problem.out_dtype)
+    return z.transpose(tuple((z.ndim - 1, *range(z.ndim - 1))[axis] for axis in inverse(out_spec)))
+
+
+def _part(x: jax.Array, order: Sequence[int], i: jax.Array, images: int, b: jax.Array, width: int) -> jax.Array:
+    """Chunk i of the images and block b of the features, channel-last."""
+    if images != x.shape[order[0]]:
+        x = lax.dynamic_slice_in_dim(x, i * images, images, order[0])
+    return lax.dynamic_slice_in_dim(x, b * width, width, order[-1]).transpose(order)
+
+
+def _columns(
+    x: jax.Array, taps: Sequence[range], dilation: Sequence[int], sizes: Sequence[int], steps: Sequence[int]
+) -> jax.Array:
+    """The slices of channel-last x that the taps meet, side by side."""
+    reach = [(size - 1) * step + 1 for size, step in zip(sizes, steps, strict=True)]
+    slices = []
+    for tap in product(*taps):
+        start = [t * d for t, d in zip(tap, dilation, strict=True)]
+        stop = [at + n for at, n in zip(start, reach, strict=True)]
+        slices.append(lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *steps, 1)))
+    return lax.concatenate(slices, x.ndim - 1) if len(slices) > 1 else slices[0]
