@@ -24,6 +24,8 @@ _DIRECT_CLASS = (
     "xla",
     "pointwise",
     "patches",
+    "depthwise",
+    "grouped",
     "direct",
     "im2col",
     "fft",
