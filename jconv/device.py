@@ -36,7 +36,7 @@ class Device:
     vendor_default: bool = False
 
 
-_CPU = Device("cpu", dot=220, conv=215, vector=90, fft=6, bytes_per_ns=30, launch_ns=2000, threads=1)
+_CPU = Device("cpu", dot=220, conv=215, vector=90, fft=13, bytes_per_ns=30, launch_ns=2000, threads=1)
 
 
 def device_for(platform: str) -> Device:

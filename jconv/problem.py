@@ -172,8 +172,10 @@ class ConvProblem:
 
     @property
     def is_weight_gradient(self) -> bool:
-        """True for the shape of a kernel gradient: a large window that yields a small output."""
-        return prod(self.window) > prod(self.output_shape[2:])
+        """True for the shape of a kernel gradient: a large window that yields a small output. Batch groups, which
+        the kernel gradient of feature groups has, tip the balance."""
+        window, output = prod(self.window), prod(self.output_shape[2:])
+        return window > output or (self.batch_groups > 1 and window == output)
 
     @property
     def is_empty(self) -> bool:

@@ -25,6 +25,7 @@ FLOORS = {
                 "algorithms.xla",
                 "algorithms.depthwise",
                 "algorithms.grouped",
+                "algorithms.groupwise",
                 "algorithms.pointwise",
                 "algorithms.patches",
                 "algorithms.direct",

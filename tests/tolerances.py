@@ -22,6 +22,9 @@ _DIRECT = {
 }
 _DIRECT_CLASS = (
     "xla",
+    "channel_last",
+    "groupwise",
+    "groupwise_winograd",
     "pointwise",
     "patches",
     "depthwise",

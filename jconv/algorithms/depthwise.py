@@ -71,7 +71,8 @@ class Depthwise:
         padded = prod(problem.lhs_shape[:2]) * prod(problem.padded) * accumulator(problem).itemsize
         taps, gradient = prod(_window(problem)), problem.batch_groups > 1
         flops = 2 * problem.macs // (1 if gradient else prod(problem.lhs_dilation))
-        return Cost(flops, operand_bytes(problem), padded, 400 if gradient else min(1000, 500 + 10 * taps))
+        efficiency = 300 if gradient else min(1000, 400 + 10 * taps)
+        return Cost(flops, operand_bytes(problem), padded, efficiency, "vector", 3 + (taps // 2 if gradient else 0))
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         problem, rhs = unreversed(problem, rhs)

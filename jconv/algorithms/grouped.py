@@ -69,9 +69,9 @@ class Grouped:
         columns //= problem.window[0] if _folds(problem) else 1
         return Cost(
             2 * problem.macs * q // (1 if gradient else prod(problem.lhs_dilation)),
-            operand_bytes(problem) + 2 * columns,
+            operand_bytes(problem) + (2 * columns if taps > 1 else 0),
             columns // images * _images(images, columns // images * q // problem.groups) * q // problem.groups,
-            min(1900, (400 if gradient else 600) + 7 * q * features),
+            min(900, (120 if gradient else 170) + 4 * q * features),
         )
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:

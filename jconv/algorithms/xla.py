@@ -8,32 +8,56 @@ from math import prod
 import jax
 import jax.numpy as jnp
 
-from jconv.algorithms.base import Accuracy, Cost, lax_convolution, operand_bytes
+from jconv.algorithms.base import (
+    Accuracy,
+    Cost,
+    channel_last,
+    from_channel_last,
+    lax_convolution,
+    operand_bytes,
+    refuse_unsized,
+)  # fmt: skip
 from jconv.device import Device
-from jconv.problem import ConvProblem
+from jconv.problem import ConvProblem, Layout
 
 
 @dataclass(frozen=True)
 class Xla:
-    """``jax.lax.conv_general_dilated``: cuDNN on GPU, the matrix units on TPU, YNNPACK or Eigen on CPU."""
+    """``jax.lax.conv_general_dilated``: cuDNN on GPU, the matrix units on TPU, YNNPACK or Eigen on CPU.
+
+    With ``channel_last`` the operands are transposed to (batch, *spatial, features) and (*window, in, out) first. At the
+    top of a program XLA:CPU does that by itself; inside a loop it does not, and a kernel gradient, which never lies
+    so, then runs 100 times slower."""
 
     name: str = "xla"
     accuracy: Accuracy = "direct"
+    channel_last: bool = False
 
     def why_not(self, problem: ConvProblem) -> str | None:
-        return None
+        return refuse_unsized(problem) if self.channel_last else None
 
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
         if device.vendor_default:
             return Cost(2 * problem.macs // prod(problem.lhs_dilation), operand_bytes(problem), 0, 850, "conv")
         threads = 1 if problem.rhs_shape[0] <= _SERIAL or problem.groups > 1 else 0
-        return Cost(2 * problem.macs, operand_bytes(problem), 0, _cpu_efficiency(problem), "conv", threads=threads)
+        kernels = 2 if self.channel_last else 1 if problem.layout == _channel_last(problem) else 3
+        return Cost(2 * problem.macs, operand_bytes(problem), 0, _cpu_efficiency(problem), "conv", kernels, threads)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         if problem.is_empty:
             # XLA refuses a window without elements, which the kernel gradient of an empty output has.
             return jnp.zeros(problem.physical_output_shape, problem.out_dtype)
-        return lax_convolution(problem, lhs, rhs)
+        if not self.channel_last:
+            return lax_convolution(problem, lhs, rhs)
+        lhs, rhs = channel_last(problem, lhs, rhs)
+        out = lax_convolution(problem.replace(layout=_channel_last(problem)), lhs, rhs)
+        return from_channel_last(problem, out)
+
+
+def _channel_last(problem: ConvProblem) -> Layout:
+    n = problem.spatial_rank
+    image = (0, n + 1, *range(1, n + 1))
+    return Layout(image, (n + 1, n, *range(n)), image)
 
 
 _LANES = 16
@@ -51,7 +75,7 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
     if problem.batch_groups > 1:
         return max(1, 600 // problem.groups**2)
     if problem.feature_groups > 1:
-        return max(6, min(400, 13 * problem.rhs_shape[1]))
+        return min(200, 6 * problem.rhs_shape[1])
     if problem.is_weight_gradient:
         taps = prod(problem.output_shape[2:])
         if taps == 1:
