@@ -345,7 +345,8 @@ def in_directions(forward: ConvProblem, directions: Sequence[str]) -> list[ConvP
 
 
 def _tuned(problem: ConvProblem, platform: str, seconds: float, again: bool) -> Row:
-    model = plan_given(problem, platform, ())
+    device = store.calibrated(platform)
+    model = plan_given(problem, device, ())
     able = [c.algorithm for c in model.candidates if c.refusal is None]
     key = store.key_of(problem, platform)
     assert key is not None
@@ -354,7 +355,7 @@ def _tuned(problem: ConvProblem, platform: str, seconds: float, again: bool) -> 
     if timed:
         store.store().add([(key, _race(_programs(problem, able), seconds))])
     pairs = store.measured(problem, platform)
-    chosen = plan_given(problem, platform, pairs)
+    chosen = plan_given(problem, device, pairs)
     return Row(problem, dict(pairs), chosen.algorithm.name, model.algorithm.name, timed)
 
 

@@ -47,7 +47,8 @@ def remember(problem, platform="cpu", **times):
 
 def admitted(problem):
     """The algorithms that tune has to time."""
-    return {c.algorithm.name for c in planner.plan_given(problem, "cpu", ()).candidates if c.refusal is None}
+    candidates = planner.plan_given(problem, store.calibrated("cpu"), ()).candidates
+    return {c.algorithm.name for c in candidates if c.refusal is None}
 
 
 def forget():
@@ -163,17 +164,6 @@ def test_keys_tell_places_apart(monkeypatch, field, value):
     elsewhere = store.here("cpu")._replace(**{field: value})
     monkeypatch.setattr(store, "here", lambda platform: elsewhere)
     assert not store.measured(DENSE, "cpu")
-
-
-def test_threads_follow_affinity_and_xlas_variables(monkeypatch):
-    for variable in ("NPROC", "PJRT_NPROC"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 8}, raising=False)
-    assert store._threads() == 3
-    monkeypatch.setenv("NPROC", "7")
-    assert store._threads() == 7
-    monkeypatch.setenv("PJRT_NPROC", "5")
-    assert store._threads() == 5
 
 
 PRECISIONS = (
