@@ -25,7 +25,7 @@ from jax import lax
 
 from jconv import store
 from jconv.adjoint import input_problem, weight_problem
-from jconv.algorithms.base import Algorithm, chained_sum
+from jconv.algorithms.base import Algorithm
 from jconv.convolve import convolve, problems_in
 from jconv.device import Constants, MiB, shipped
 from jconv.errors import ConvError
@@ -433,7 +433,7 @@ _YARDSTICKS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...], in
         2 * 4 * 28 * 28 * 9 * 128 * 128,
     ),
     "vector": (
-        lambda x, w: chained_sum([x[:, i : i + 56, j : j + 56] * w[i, j] for i in range(3) for j in range(3)]),
+        lambda x, w: sum(x[:, i : i + 56, j : j + 56] * w[i, j] for i in range(3) for j in range(3)),
         ((1, 58, 58, 128), (3, 3, 128)),
         2 * 9 * 56 * 56 * 128,
     ),
