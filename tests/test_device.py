@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import jconv
 from jconv import ConvError, device, store, tuning
+from jconv.algorithms import tiling
 from jconv.cli import app
 from jconv.device import Constants, MiB, device_for, shipped
 
@@ -306,23 +307,21 @@ def test_one_byte_leaves_what_needs_no_temporaries():
     assert "of workspace, the limit is" in str(p)
 
 
-def test_calls_and_new_programs_follow_the_limit_and_compiled_ones_keep_theirs():
-    def is_in_parts(text):
-        return "stablehlo.while" in text
-
+def test_calls_and_new_programs_follow_the_limit_and_compiled_ones_keep_theirs(monkeypatch):
+    ran, real = [], tiling.InParts.run
+    monkeypatch.setattr(tiling.InParts, "run", lambda self, *args: ran.append(self.count) or real(self, *args))
+    jax.clear_caches()
     old = jax.jit(lambda x, w: conv(x, w))
-    assert not is_in_parts(old.lower(X, W).as_text())
-    before = conv(X, W)
+    whole, eager = old(X, W), conv(X, W)
     jconv.workspace_limit(MiB)
-    assert is_in_parts(jax.jit(lambda x, w: conv(x, w)).lower(X, W).as_text())
-    ran = []
-    real = jconv.algorithms.tiling.InParts.run
-    try:
-        jconv.algorithms.tiling.InParts.run = lambda self, *args: ran.append(self) or real(self, *args)
-        np.testing.assert_array_equal(conv(X, W), before)
-    finally:
-        jconv.algorithms.tiling.InParts.run = real
-    assert ran, "an eager call plans anew"
+    np.testing.assert_array_equal(old(X, W), whole)
+    assert not ran
+    np.testing.assert_array_equal(conv(X, W), eager)
+    assert len(ran) == 1 and ran[0] > 1
+    text = jax.jit(lambda x, w: conv(x, w)).lower(X, W).as_text()
+    assert "stablehlo.while" in text
+    jconv.workspace_limit(32 * MiB)
+    assert "stablehlo.while" not in jax.jit(lambda x, w: conv(x, w)).lower(X, W).as_text()
 
 
 @pytest.mark.parametrize(
