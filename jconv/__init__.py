@@ -3,7 +3,7 @@
 ``conv_general_dilated`` and its relatives are drop-ins for ``jax.lax``'s. ``jconv.functional`` and
 ``jconv.grad`` are ``torch.nn.functional``'s and ``torch.nn.grad``'s convolutions, ``jconv.nnx`` and
 ``jconv.linen`` Flax layers after ``torch.nn``, ``jconv.interop`` moves weights. ``plan`` and ``plans`` show
-which algorithm runs and why, ``tune`` measures instead of estimating.
+which algorithm runs and why, ``tune`` measures instead of estimating, ``workspace_limit`` bounds temporaries.
 """
 
 import importlib as _importlib
@@ -15,6 +15,7 @@ from jconv.algorithms.base import Algorithm as Algorithm
 from jconv.algorithms.base import Cost as Cost
 from jconv.algorithms.table import ALGORITHMS as ALGORITHMS
 from jconv.convolve import dots_saveable as dots_saveable
+from jconv.device import workspace_limit as workspace_limit
 from jconv.errors import AlgorithmError as AlgorithmError
 from jconv.errors import ConvError as ConvError
 from jconv.errors import ConvTypeError as ConvTypeError
@@ -36,6 +37,7 @@ __all__ = [
     "ALGORITHMS", "Algorithm", "AlgorithmError", "ConvError", "ConvProblem", "ConvTypeError", "Cost", "Plan",
     "StateDictError", "conv", "conv_general_dilated", "conv_general_dilated_local", "conv_general_dilated_patches",
     "conv_transpose", "conv_with_general_padding", "dots_saveable", "functional", "grad", "lax", "plan", "plans",
+    "workspace_limit",
 ]  # fmt: skip
 
 _ON_FIRST_USE = ("interop", "linen", "nnx", "tuning")

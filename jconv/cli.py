@@ -60,6 +60,9 @@ def tune(
     again: Annotated[bool, typer.Option("--again", help="Measure what is known already, too.")] = False,
     merge: Annotated[Path | None, typer.Option(help="First take the measurements of this export.")] = None,
     export: Annotated[Path | None, typer.Option(help="At the end write all measurements to this file.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure the constants of the estimates on this CPU; goes alone.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Time the algorithms for convolutions on this device, and have the planner use the fastest from now on.
@@ -73,8 +76,17 @@ def tune(
       jconv tune --lhs 1,64,28,28 --rhs 64,1,3,3 --layout NCHW,OIHW,NCHW --groups 64 --directions forward
       jconv tune problems.json --export measured.jsonl
       jconv tune --merge measured.jsonl
+      jconv tune --calibrate
     """
     with _one_sentence():
+        if calibrate:
+            others = {"FILE": file, "--lhs": lhs, "--rhs": rhs, "--merge": merge, "--export": export}
+            given = [name for name, value in others.items() if value is not None]
+            if given:
+                raise ConvError(f"--calibrate goes alone, got also {', '.join(given)}; run jconv tune for each")
+            calibration = tuning.calibrate()
+            print(calibration.to_json() if as_json else calibration)
+            return
         problems = []
         if file is not None:
             problems += tuning.read_problems(file, dtype=dtype, directions=directions.split(","))

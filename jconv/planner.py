@@ -11,10 +11,10 @@ from jax import lax
 from jconv.algorithms.base import Algorithm, Cost
 from jconv.algorithms.table import ALGORITHMS
 from jconv.algorithms.tiling import InParts, within
-from jconv.device import Device, device_for
+from jconv.device import Device
 from jconv.errors import AlgorithmError, ConvTypeError
 from jconv.problem import ConvProblem, is_static
-from jconv.store import Pairs, measured
+from jconv.store import Pairs, calibrated, measured
 
 _BATCH_GUESS = 8
 _XLA = ALGORITHMS[-1]
@@ -79,13 +79,12 @@ class Plan:
 def plan(problem: ConvProblem, platform: str) -> Plan:
     """The fastest admissible algorithm by what was measured on this device, else by the cost model; a vendor's
     kernels where the device has them and nothing was measured."""
-    return plan_given(problem, platform, measured(problem, platform))
+    return plan_given(problem, calibrated(platform), measured(problem, platform))
 
 
 @lru_cache(maxsize=4096)
-def plan_given(problem: ConvProblem, platform: str, times: Pairs) -> Plan:
+def plan_given(problem: ConvProblem, device: Device, times: Pairs) -> Plan:
     """As :func:`plan`, where ``times`` are the measurements: (algorithm, nanoseconds or why it failed) pairs."""
-    device = device_for(platform)
     sized = _sized(problem)
     candidates = tuple(_candidate(algorithm, problem, sized, device) for algorithm in ALGORITHMS)
     known = tuple(_with_measurement(c, dict(times).get(c.algorithm.name)) for c in candidates)
@@ -95,7 +94,7 @@ def plan_given(problem: ConvProblem, platform: str, times: Pairs) -> Plan:
         return Plan(problem, device, best.algorithm, "the fastest measured", known)
     admitted = [c for c in candidates if c.refusal is None and c.time_ns is not None]
     if device.vendor_default:
-        return Plan(problem, device, _XLA, f"the vendor's kernels are the default on {platform}", candidates)
+        return Plan(problem, device, _XLA, f"the vendor's kernels are the default on {device.platform}", candidates)
     best = min(admitted, key=lambda c: c.time_ns or 0)
     return Plan(problem, device, best.algorithm, "the smallest estimate", candidates)
 
@@ -139,7 +138,7 @@ def resolve(algorithm: Any, problem: ConvProblem) -> Algorithm | None:
 def choose(problem: ConvProblem, wish: Algorithm | None, platform: str) -> Algorithm:
     """``wish`` where it can serve the problem, else the plan's choice; in parts where it needs them."""
     if wish is not None and wish.why_not(problem) is None:
-        return within(wish, problem, device_for(platform)) or wish
+        return within(wish, problem, calibrated(platform)) or wish
     return plan(problem, platform).runner
 
 

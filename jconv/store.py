@@ -1,8 +1,9 @@
-"""Measured times, on disk: what was timed once on a device is known to every later process on it.
+"""What was measured, on disk: what was timed once on a device is known to every later process on it.
 
 One file of JSON lines, to which everybody only appends. A record is one write: it opens with a newline, so
 that what a killed writer left behind spoils no other record, and concurrent writers never read to write.
-An export has the same form, so stores can be joined, shipped and read by eye.
+An export has the same form, so stores can be joined, shipped and read by eye. The constants of each
+kind of CPU are a small file of their own beside it, which is replaced in one step.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import json
 import os
 import platform as host
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -21,6 +23,7 @@ import jax
 import numpy as np
 from jax import lax
 
+from jconv.device import Constants, Device, device_for, threads
 from jconv.errors import ConvError
 from jconv.problem import ConvProblem, Layout, is_static
 
@@ -51,9 +54,13 @@ class Store:
 
     def __init__(self, directory: Path | None):
         self.path = None if directory is None else directory / "measurements.jsonl"
+        model = re.sub("[^a-z0-9]+", "-", _cpu_model().lower())[:100]
+        self.calibration = None if directory is None else directory / f"calibration-{model}.json"
+        self.constants: Constants | None = None
         self.records: dict[Key, dict[str, int | str]] = {}
         self._pairs: dict[Key, Pairs] = {}
         self._warned: set[str] = set()
+        self._read_constants()
         self.reload()
 
     def reload(self) -> None:
@@ -97,6 +104,38 @@ class Store:
                 "set JCONV_STORE to a directory that can be, or keep them with jconv.tuning.export_measurements(path)",
             )
 
+    def calibrate(self, constants: Constants) -> None:
+        """Keeps this CPU's constants, in memory and in their file."""
+        self.constants = constants
+        if self.calibration is None:
+            return
+        record = {"jconv": SCHEMA, "cpu": _cpu_model(), "constants": constants._asdict()}
+        try:
+            self.calibration.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self.calibration, f"{json.dumps(record)}\n")
+        except OSError as error:
+            self._warn(
+                "calibrate",
+                f"{self.calibration} cannot be written ({error.strerror}), so the calibration stays in memory; "
+                "set JCONV_STORE to a directory that can be",
+            )
+
+    def _read_constants(self) -> None:
+        if self.calibration is None:
+            return
+        try:
+            self.constants = _constants(json.loads(self.calibration.read_bytes()))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            self._warn("constants", f"{self.calibration} cannot be read ({error.strerror}); it is ignored")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            self._warn(
+                "constants",
+                f"{self.calibration} is no calibration of this CPU by this jconv; it is ignored, "
+                "and jconv tune --calibrate writes it anew",
+            )
+
     def _keep(self, key: Key, times: Times) -> None:
         known = self.records.setdefault(key, {})
         known.update(times)
@@ -125,6 +164,11 @@ def measured(problem: ConvProblem, platform: str) -> Pairs:
     return () if key is None else known.pairs(key)
 
 
+def calibrated(platform: str) -> Device:
+    """The device that stands for ``platform``, by what :func:`jconv.tuning.calibrate` measured on this CPU, if it did."""
+    return device_for(platform, store().constants)
+
+
 def key_of(problem: ConvProblem, platform: str) -> Key | None:
     """None for a problem with symbolic sizes, and where this process has no such device."""
     place, text = here(platform), _text(problem)
@@ -144,7 +188,7 @@ def here(platform: str) -> Place | None:
     if platform not in names:
         return None
     if platform == "cpu":
-        return Place(f"cpu {_cpu_model()}", jax.__version__, _threads())
+        return Place(f"cpu {_cpu_model()}", jax.__version__, threads())
     return Place(device.device_kind, jax.__version__, 0)
 
 
@@ -221,6 +265,18 @@ def parse(content: bytes) -> tuple[list[tuple[Key, Times]], list[int]]:
     return good, bad
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file in one step: whoever reads it sees the old one or the new one, whole."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        draft.write_text(text)
+        draft.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
+
+
 def physical(shape: Any, spec: Any) -> tuple[int, ...]:
     """A shape in logical order as it lies in memory."""
     return tuple(shape[spec.index(axis)] for axis in range(len(shape)))
@@ -240,6 +296,13 @@ def _record(data: Any) -> tuple[Key, Times]:
     if not sound:
         raise ValueError("no measurement")
     return Key(Place(device, version, threads), _canonical(data["problem"])), times
+
+
+def _constants(data: Any) -> Constants:
+    constants = Constants(**data["constants"])
+    if data["jconv"] != SCHEMA or data["cpu"] != _cpu_model() or any(type(c) is not int or c < 1 for c in constants):
+        raise ValueError("no calibration")
+    return constants
 
 
 @lru_cache(maxsize=16)
@@ -296,6 +359,7 @@ def _precision_from_json(data: Any) -> Any:
     return data
 
 
+@lru_cache(maxsize=1)
 def _cpu_model() -> str:
     """JAX calls every CPU "cpu"; a home directory may be shared by several kinds."""
     with contextlib.suppress(OSError):
@@ -304,13 +368,3 @@ def _cpu_model() -> str:
             if name.strip() == "model name":
                 return value.strip()
     return host.processor() or host.machine()
-
-
-def _threads() -> int:
-    """The threads of XLA's pool on CPU, which reads the same two variables."""
-    for variable in ("PJRT_NPROC", "NPROC"):
-        if os.environ.get(variable, "").isdigit():
-            return int(os.environ[variable])
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -2,12 +2,13 @@
 
 ``jconv.tune(fn, *args)`` is the door. From then on the planner takes the fastest algorithm that was measured,
 in this process and in later ones. Measurements travel by :func:`export_measurements` and
-:func:`import_measurements`.
+:func:`import_measurements`. :func:`calibrate` measures the constants of the estimates themselves.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -15,23 +16,25 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jconv import store
 from jconv.adjoint import input_problem, weight_problem
 from jconv.algorithms.base import Algorithm
 from jconv.convolve import convolve, problems_in
+from jconv.device import Constants, MiB, reference
 from jconv.errors import ConvError
 from jconv.planner import plan_given
 from jconv.problem import ConvProblem, integer
 
 __all__ = [
-    "DIRECTIONS", "Report", "Row", "export_measurements", "import_measurements", "in_directions", "read_problems",
-    "tune", "tune_problems",
+    "DIRECTIONS", "Calibration", "Report", "Row", "calibrate", "export_measurements", "import_measurements",
+    "in_directions", "read_problems", "tune", "tune_problems",
 ]  # fmt: skip
 
 DIRECTIONS: dict[str, Callable[[ConvProblem], ConvProblem]] = {
@@ -47,7 +50,10 @@ _MOST_REPEATS = 100
 _LEAST_TURNS = 3
 _SHORT_NS = 20_000_000
 _LONG_NS = 1_000_000_000
+_SAMPLES = 5
+_CHAIN = 100
 _now: Callable[[], int] = time.perf_counter_ns
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -207,8 +213,71 @@ def tune_problems(problems: Iterable[ConvProblem], *, seconds: float = 0.5, agai
     found = dict.fromkeys(problem.replace(out_sharding=None) for problem in problems)
     wanted = [p for p in found if store.key_of(p, platform) is not None]
     store.store().reload()
-    with contextlib.closing(_progress(wanted)) as steps:
+    with contextlib.closing(_progress(wanted, "tuning")) as steps:
         return Report(place, tuple(_tuned(problem, platform, seconds, again) for problem in steps))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What :func:`calibrate` found. ``print(calibration)`` shows it.
+
+    Attributes:
+        cpu: the processor's model.
+        threads: those that ran.
+        before: the yardsticks until now, at first those of the machine that the cost model was fitted on.
+        after: those that were measured; the model's constants, in ``jconv.plan(...).device``, scale with them.
+    """
+
+    cpu: str
+    threads: int
+    before: Constants
+    after: Constants
+
+    def __str__(self) -> str:
+        rows = [
+            f"{name:<12}  {was:>6}  {now:>6}"
+            for name, was, now in zip(Constants._fields, self.before, self.after, strict=True)
+        ]
+        title = f"{self.cpu}, threads {self.threads}; float32 operations and bytes a nanosecond, of one core"
+        return "\n".join([title, f"{'constant':<12}  {'was':>6}  {'is':>6}", *rows])
+
+    def to_json(self) -> str:
+        """The calibration as a JSON object."""
+        before, after = self.before._asdict(), self.after._asdict()
+        return json.dumps({"cpu": self.cpu, "threads": self.threads, "before": before, "after": after}, indent=1)
+
+
+def calibrate(rounds: int = 15) -> Calibration:
+    """Measures the constants of the cost model on this machine's CPU, and has the planner estimate by them.
+
+    Some seconds of small programs: a product of matrices, a convolution of XLA's, a fused loop of multiply-adds, FFTs, a
+    pass over memory and a chain of tiny products. Each runs on all threads of JAX's; a rate is what they do together,
+    divided by their number, since the model multiplies by it again. Of each program the best round counts, which is a
+    median; the time of a call that does next to nothing is taken off. The constants are kept in the store, for this
+    model of processor. Measured times go before estimates, and programs that were compiled before keep the algorithms
+    that they have. Calibrate while the machine is quiet.
+
+    Args:
+        rounds: how often each program has its turn, a warm-up not counted.
+
+    Returns:
+        A :class:`Calibration`; print it.
+
+    Raises:
+        ConvError: if ``rounds`` is no integer of at least 1, or if JAX has no CPU device in this process.
+
+    >>> calibrate(rounds=1).after.dot >= 1
+    True
+    """
+    rounds = integer("rounds", rounds, 1)
+    place = store.here("cpu")
+    if place is None:
+        raise ConvError("calibrate needs JAX's CPU device, which this process has not; add cpu to JAX_PLATFORMS")
+    before = store.store().constants or reference()
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        after = _constants(_times(_yardsticks(), rounds), place.threads)
+    store.store().calibrate(after)
+    return Calibration(place.device, place.threads, before, after)
 
 
 def export_measurements(path: str | os.PathLike[str]) -> int:
@@ -232,13 +301,9 @@ def export_measurements(path: str | os.PathLike[str]) -> int:
     known = store.store()
     known.reload()
     lines = sorted(store.line(key, times) for key, times in known.records.items())
-    draft = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        draft.write_text("".join(f"{line}\n" for line in lines))
-        draft.replace(target)
+        store.replace_file(target, "".join(f"{line}\n" for line in lines))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink()
         raise ConvError(
             f"path {str(target)!r} cannot be written ({error.strerror}); name a file in a folder that can be"
         ) from None
@@ -345,7 +410,8 @@ def in_directions(forward: ConvProblem, directions: Sequence[str]) -> list[ConvP
 
 
 def _tuned(problem: ConvProblem, platform: str, seconds: float, again: bool) -> Row:
-    model = plan_given(problem, platform, ())
+    device = store.calibrated(platform)
+    model = plan_given(problem, device, ())
     able = [c.algorithm for c in model.candidates if c.refusal is None]
     key = store.key_of(problem, platform)
     assert key is not None
@@ -354,8 +420,58 @@ def _tuned(problem: ConvProblem, platform: str, seconds: float, again: bool) -> 
     if timed:
         store.store().add([(key, _race(_programs(problem, able), seconds))])
     pairs = store.measured(problem, platform)
-    chosen = plan_given(problem, platform, pairs)
+    chosen = plan_given(problem, device, pairs)
     return Row(problem, dict(pairs), chosen.algorithm.name, model.algorithm.name, timed)
+
+
+# What the constants are measured with: a program, the shapes of its operands, and the operations or bytes of one run.
+_YARDSTICKS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...], int]] = {
+    "dot": (jnp.dot, ((1024, 1024), (1024, 1024)), 2 * 1024**3),
+    "conv": (
+        lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=CHANNEL_LAST[2]),
+        ((4, 28, 28, 128), (3, 3, 128, 128)),
+        2 * 4 * 28 * 28 * 9 * 128 * 128,
+    ),
+    "vector": (
+        lambda x, w: sum(x[:, i : i + 56, j : j + 56] * w[i, j] for i in range(3) for j in range(3)),
+        ((1, 58, 58, 128), (3, 3, 128)),
+        2 * 9 * 56 * 56 * 128,
+    ),
+    "fft": (lambda x: jnp.fft.irfft(jnp.fft.rfft(x)), ((256, 1024),), 2 * 256 * 5 * 1024 * 10 // 2),
+    "bytes_per_ns": (lambda x: x + 1, ((2 * MiB,),), 2 * 8 * MiB),
+    "one": (lambda x: x @ x, ((8, 8),), 0),
+    "chain": (lambda x: functools.reduce(jnp.dot, [x] * (2 + _CHAIN)), ((8, 8),), 0),
+}
+
+
+def _yardsticks() -> dict[str, Callable[[], Any]]:
+    """Each program, compiled, on operands of its own."""
+    runs: dict[str, Callable[[], Any]] = {}
+    for name, (fn, shapes, _) in _YARDSTICKS.items():
+        operands = [jnp.full(shape, 0.125, np.float32) for shape in shapes]
+        program = jax.jit(fn).lower(*operands).compile()
+        runs[name] = lambda program=program, operands=operands: program(*operands).block_until_ready()
+    return runs
+
+
+def _times(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, int]:
+    """Nanoseconds of each: the least of the rounds' medians. A first round warms up."""
+    medians: dict[str, list[int]] = {name: [] for name in runs}
+    with contextlib.closing(_progress(range(1 + rounds), "calibrating")) as steps:
+        for _ in steps:
+            for name, run in runs.items():
+                medians[name].append(int(statistics.median(_sample(run, medians[name]) for _ in range(_SAMPLES))))
+    return {name: min(found[1:]) for name, found in medians.items()}
+
+
+def _constants(times: dict[str, int], threads: int) -> Constants:
+    """Rates of one core, without the time that a call takes which does next to nothing."""
+
+    def rate(name: str) -> int:
+        return max(1, round(_YARDSTICKS[name][2] / (max(1, times[name] - times["one"]) * threads)))
+
+    launch = max(1, (times["chain"] - times["one"]) // _CHAIN)
+    return Constants(*(rate(name) for name in Constants._fields[:-1]), launch_ns=launch)
 
 
 def _programs(problem: ConvProblem, able: list[Algorithm]) -> dict[str, Callable[[], Callable[[], Any]]]:
@@ -421,16 +537,16 @@ def _sample(run: Callable[[], Any], before: list[int]) -> int:
     return max(1, (_now() - start) // repeats)
 
 
-def _progress(problems: list[ConvProblem]) -> Generator[ConvProblem]:
-    """The problems, with a bar on stderr where that is a terminal and rich is installed."""
+def _progress(items: Sequence[_T], title: str) -> Generator[_T]:
+    """The items, with a bar on stderr where that is a terminal and rich is installed."""
     try:
         from rich.console import Console
         from rich.progress import track
     except ImportError:
-        yield from problems
+        yield from items
         return
     console = Console(stderr=True)
-    yield from track(problems, "tuning", console=console, transient=True, disable=not console.is_terminal)
+    yield from track(items, title, console=console, transient=True, disable=not console.is_terminal)
 
 
 def dtype_of(name: str) -> np.dtype:

@@ -12,8 +12,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
-# What the user once measured on this machine must not choose the algorithms of the tests.
+# What the user once measured on this machine, or set, must not choose the algorithms of the tests.
 os.environ["JCONV_STORE"] = ""
+os.environ.pop("JCONV_WORKSPACE_MIB", None)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

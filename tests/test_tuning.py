@@ -47,7 +47,8 @@ def remember(problem, platform="cpu", **times):
 
 def admitted(problem):
     """The algorithms that tune has to time."""
-    return {c.algorithm.name for c in planner.plan_given(problem, "cpu", ()).candidates if c.refusal is None}
+    candidates = planner.plan_given(problem, store.calibrated("cpu"), ()).candidates
+    return {c.algorithm.name for c in candidates if c.refusal is None}
 
 
 def forget():
@@ -163,17 +164,6 @@ def test_keys_tell_places_apart(monkeypatch, field, value):
     elsewhere = store.here("cpu")._replace(**{field: value})
     monkeypatch.setattr(store, "here", lambda platform: elsewhere)
     assert not store.measured(DENSE, "cpu")
-
-
-def test_threads_follow_affinity_and_xlas_variables(monkeypatch):
-    for variable in ("NPROC", "PJRT_NPROC"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 8}, raising=False)
-    assert store._threads() == 3
-    monkeypatch.setenv("NPROC", "7")
-    assert store._threads() == 7
-    monkeypatch.setenv("PJRT_NPROC", "5")
-    assert store._threads() == 5
 
 
 PRECISIONS = (
@@ -314,11 +304,11 @@ def test_an_unreadable_file_is_named_once(folder):
 
 def test_a_full_disk_keeps_the_record_in_memory(monkeypatch, folder):
     real = os.write
-    monkeypatch.setattr(store.os, "write", lambda file, content: real(file, content[:10]))
-    with pytest.warns(UserWarning, match="the disk is full"):
-        remember(DENSE, xla=1, im2col=2)
-    monkeypatch.undo()
-    assert chosen(DENSE) == "xla"
+    with monkeypatch.context() as full:
+        full.setattr(store.os, "write", lambda file, content: real(file, content[:10]))
+        with pytest.warns(UserWarning, match="the disk is full"):
+            remember(DENSE, xla=1, im2col=2)
+    assert (chosen(DENSE), plan(DENSE, "cpu").reason) == ("xla", "the fastest measured")
 
 
 def test_an_empty_variable_keeps_off_the_disk_and_none_means_the_users_folder(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ one shape, so that the loop's body is compiled once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ class InParts:
         sizes = [part.lhs_shape[lhs_spec.index(axis)] for axis in range(lhs.ndim)]
 
         def slice_of_lhs(i: jax.Array) -> jax.Array:
-            start = [0] * lhs.ndim
+            start: list[Any] = [0] * lhs.ndim
             start[image_axis] = i // self.bands * sizes[image_axis]
             start[row_axis] = i % self.bands * (rows * step)
             return lax.dynamic_slice(lhs, start, sizes)
@@ -101,7 +102,7 @@ class InParts:
         kernel_sizes = [part.rhs_shape[rhs_spec.index(axis)] for axis in range(rhs.ndim)]
 
         def add(i: jax.Array, total: jax.Array) -> jax.Array:
-            start = [0] * rhs.ndim
+            start: list[Any] = [0] * rhs.ndim
             start[in_axis] = i // self.bands * kernel_sizes[in_axis]
             start[window_axis] = i % self.bands * rows
             return total + self.inner.run(part, slice_of_lhs(i), lax.dynamic_slice(rhs, start, kernel_sizes))

@@ -32,6 +32,7 @@ from jconv.algorithms.base import (
     operand_bytes,
     refuse_unsized,
     strided,
+    summed,
 )  # fmt: skip
 from jconv.device import Device
 from jconv.problem import ConvProblem
@@ -121,7 +122,7 @@ def _forward(problem: ConvProblem, tile: int, x: jax.Array, w: jax.Array) -> jax
         )
     kernel = kernel.reshape(len(transform) ** len(axes), -1, *w.shape[-2:])
     others = [i for i in range(problem.spatial_rank) if i not in axes]
-    sums = None
+    products = []
     for number, tap in enumerate(np.ndindex(*(problem.window[i] for i in others))):
         start = [t * problem.rhs_dilation[i] for t, i in zip(tap, others, strict=True)]
         sizes, strides = ([of[i] for i in others] for of in (positions, problem.strides))
@@ -129,8 +130,8 @@ def _forward(problem: ConvProblem, tile: int, x: jax.Array, w: jax.Array) -> jax
         components, shape = part.shape[: len(axes)], part.shape[len(axes) : -1]
         part = part.reshape(prod(components), -1, part.shape[-1])
         product = lax.dot_general(part, kernel[:, number], (((2,), (1,)), ((0,), (0,))), precision=problem.precision)
-        sums = product if sums is None else sums + product
-    out = sums.reshape(*components, *shape, w.shape[-1])
+        products.append(product.reshape(*components, *shape, w.shape[-1]))
+    out = summed(products, chains=1)
     for axis in reversed(axes):
         at = axis + len(out.shape) - x.ndim  # the tile axis, once the leading component axis is gone
         out = _combined(inverse, list(out), at + 1)
