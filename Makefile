@@ -18,6 +18,9 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# Huge pages: else what is above 32 MiB times the kernel's page faults, for every contender alike.
+bench: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
+bench: export JCONV_STORE =
 bench: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/problems.py $(ARGS)
 	$(BIN)/python benchmarks/networks.py $(ARGS)

@@ -306,7 +306,7 @@ def contenders(
         elif candidate.time_ns > max(HOPELESS * best, NOT_SHORT_NS) and algorithm.name != "xla":
             left_out[algorithm.name] = f"its estimate is {candidate.time_ns / best:.0f} times the best"
         else:
-            found[algorithm.name] = jconv_contender(timer, problem, direction, algorithm, values)
+            found[algorithm.name] = jconv_contender(timer, problem, direction, candidate.runner or algorithm, values)
     for name, channel_last in (("channel-last", True), ("channel-first", False)):
         found[f"lax {name}"] = lax_contender(timer, problem, direction, channel_last, values)
     dtype = getattr(torch, p.dtype.name)

@@ -11,7 +11,8 @@ from jax import lax
 from jconv.algorithms.base import Algorithm, Cost
 from jconv.algorithms.table import ALGORITHMS
 from jconv.algorithms.tiling import InParts, within
-from jconv.device import Device
+from jconv.algorithms.widened import Widened, widened
+from jconv.device import Device, MiB
 from jconv.errors import AlgorithmError, ConvTypeError
 from jconv.problem import ConvProblem, is_static
 from jconv.store import Pairs, calibrated, measured
@@ -24,8 +25,8 @@ _XLA = ALGORITHMS[-1]
 class Candidate:
     """One row of a plan: an algorithm with its cost and the time that was measured, or the reason for its refusal.
 
-    ``runner`` is what runs: the algorithm, or the algorithm in parts that keep its workspace under the
-    limit; ``cost`` and ``time_ns`` are of all parts together, but for the workspace."""
+    ``runner`` is what runs: the algorithm, in parts where its workspace would exceed the limit, and on CPU in
+    float32 where the operands are 16-bit floats; ``cost`` and ``time_ns`` are of all parts together, but for the workspace."""
 
     algorithm: Algorithm
     cost: Cost | None
@@ -47,7 +48,7 @@ class Plan:
 
     @property
     def runner(self) -> Algorithm:
-        """What runs: the algorithm, or the algorithm in parts."""
+        """What runs: the algorithm, in parts or in float32 where its candidate says so."""
         chosen = next(c for c in self.candidates if c.algorithm == self.algorithm)
         return chosen.runner or self.algorithm
 
@@ -58,8 +59,7 @@ class Plan:
             if c.cost is None or c.time_ns is None:
                 rows.append((c.algorithm.name, "refused", "", "", "", "", f"{c.refusal}"))
             else:
-                parts = f"in {c.runner.count} parts" if isinstance(c.runner, InParts) else ""
-                note = " ".join(filter(None, (parts, c.refusal, mark)))
+                note = " ".join(filter(None, (_manner(c.runner), c.refusal, mark)))
                 known = "" if c.measured_ns is None else _time(c.measured_ns)
                 rows.append(
                     (c.algorithm.name, _time(c.time_ns), known, f"{c.cost.flops / 1e9:.3g}",
@@ -85,8 +85,7 @@ def plan(problem: ConvProblem, platform: str) -> Plan:
 @lru_cache(maxsize=4096)
 def plan_given(problem: ConvProblem, device: Device, times: Pairs) -> Plan:
     """As :func:`plan`, where ``times`` are the measurements: (algorithm, nanoseconds or why it failed) pairs."""
-    sized = _sized(problem)
-    candidates = tuple(_candidate(algorithm, problem, sized, device) for algorithm in ALGORITHMS)
+    candidates = tuple(_candidate(algorithm, problem, device) for algorithm in ALGORITHMS)
     known = tuple(_with_measurement(c, dict(times).get(c.algorithm.name)) for c in candidates)
     ran = [c for c in known if c.refusal is None and c.measured_ns is not None]
     if ran:
@@ -142,25 +141,28 @@ def choose(problem: ConvProblem, wish: Algorithm | None, platform: str) -> Algor
     return plan(problem, platform).runner
 
 
-def _candidate(algorithm: Algorithm, problem: ConvProblem, sized: ConvProblem, device: Device) -> Candidate:
-    refusal = algorithm.why_not(problem)
+def _candidate(algorithm: Algorithm, problem: ConvProblem, device: Device) -> Candidate:
+    wide = problem if device.vendor_default else widened(problem)
+    refusal = algorithm.why_not(wide)
     if refusal is not None:
         return Candidate(algorithm, None, None, refusal)
-    whole, runner = algorithm.cost(sized, device), within(algorithm, problem, device)
+    cost, runner = algorithm.cost(_sized(wide), device), within(algorithm, wide, device)
     if runner is None:
-        limit = f"needs {whole.workspace >> 20} MiB of workspace, the limit is {device.workspace_limit >> 20}"
-        return Candidate(algorithm, whole, _time_ns(whole, device), limit)
+        sizes = (f"{size / MiB:.3g} MiB" for size in (cost.workspace, device.workspace_limit))
+        limit = "needs {} of workspace, the limit is {}".format(*sizes)
+        return Candidate(algorithm, cost, _time_ns(cost, device), limit)
+    if isinstance(runner, InParts):
+        part, n = runner.cost(wide, device), runner.count
+        cost = replace(part, flops=part.flops * n, bytes=part.bytes * n, kernels=(part.kernels + 2) * n)
     refusal = _too_inexact(algorithm, problem)
-    if not isinstance(runner, InParts):
-        return Candidate(algorithm, whole, _time_ns(whole, device), refusal, runner)
-    part = runner.cost(problem, device)
-    cost = replace(
-        part,
-        flops=part.flops * runner.count,
-        bytes=part.bytes * runner.count,
-        kernels=(part.kernels + 2) * runner.count,
-    )
-    return Candidate(algorithm, cost, _time_ns(cost, device), refusal, runner)
+    return Candidate(algorithm, cost, _time_ns(cost, device), refusal, runner if wide is problem else Widened(runner))
+
+
+def _manner(runner: Algorithm | None) -> str:
+    wide = isinstance(runner, Widened)
+    inner = runner.inner if wide else runner
+    parts = f"in {inner.count} parts" if isinstance(inner, InParts) else ""
+    return " ".join(filter(None, ("in float32" if wide else "", parts)))
 
 
 def _too_inexact(algorithm: Algorithm, problem: ConvProblem) -> str | None:

@@ -412,7 +412,7 @@ def in_directions(forward: ConvProblem, directions: Sequence[str]) -> list[ConvP
 def _tuned(problem: ConvProblem, platform: str, seconds: float, again: bool) -> Row:
     device = store.calibrated(platform)
     model = plan_given(problem, device, ())
-    able = [c.algorithm for c in model.candidates if c.refusal is None]
+    able = [c.runner or c.algorithm for c in model.candidates if c.refusal is None]
     key = store.key_of(problem, platform)
     assert key is not None
     known = dict(store.measured(problem, platform))
