@@ -126,7 +126,9 @@ def _jitted(problem: ConvProblem, wish: Algorithm | None) -> Callable[[jax.Array
 
 @conv_p.def_impl
 def _evaluate(lhs: jax.Array, rhs: jax.Array, *, problem: ConvProblem, wish: Algorithm | None) -> jax.Array:
-    if _explicit_sharding(jax.typeof(lhs)) is not None:
+    types = jax.typeof(lhs), jax.typeof(rhs)
+    # Its own type rule makes the primitive's result weak, and places it in an explicit mesh.
+    if _explicit_sharding(types[0]) is not None or all(aval.weak_type for aval in types):
         with jax.disable_jit(False):
             return _jitted(problem, wish)(lhs, rhs)
     # The algorithm itself, and not the primitive, so that JAX can replay it under debug_nans and disable_jit.

@@ -147,7 +147,7 @@ def _candidate(algorithm: Algorithm, problem: ConvProblem, device: Device) -> Ca
     if refusal is not None:
         return Candidate(algorithm, None, None, refusal)
     cost, runner = algorithm.cost(_sized(wide), device), within(algorithm, wide, device)
-    if runner is None:
+    if runner is None or (runner is algorithm and cost.workspace > device.workspace_limit):
         sizes = (f"{size / MiB:.3g} MiB" for size in (cost.workspace, device.workspace_limit))
         limit = "needs {} of workspace, the limit is {}".format(*sizes)
         return Candidate(algorithm, cost, _time_ns(cost, device), limit)

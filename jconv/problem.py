@@ -173,8 +173,10 @@ class ConvProblem:
     @property
     def is_weight_gradient(self) -> bool:
         """True for the shape of a kernel gradient: a large window that yields a small output. Batch groups, which
-        the kernel gradient of feature groups has, tip the balance."""
+        the kernel gradient of feature groups has, tip the balance. False where sizes are symbols."""
         window, output = prod(self.window), prod(self.output_shape[2:])
+        if not is_static(window, output):
+            return False
         return window > output or (self.batch_groups > 1 and window == output)
 
     @property

@@ -39,8 +39,11 @@ PAIRS = [
 GENERAL = ("xla", "channel_last", "direct", "fold", "groupwise")
 
 
-def with_dtypes(everywhere, first_of_role, wide=lambda dtype: None, accuracy=("direct", "bounded", "loose"), rare=()):
-    """Case, algorithm and dtype: some dtypes for every case, others for the first variant of each role."""
+def with_dtypes(
+    everywhere, first_of_role, wide=lambda dtype: None, accuracy=("direct", "bounded", "loose"), rare=(), special=()
+):
+    """Case, algorithm and dtype: some dtypes for every case, others for the first variant of each role, or of it
+    and of what is not general. The exact law has every geometry in int8."""
     return pytest.mark.parametrize(
         "case,algorithm,dtype",
         [
@@ -49,6 +52,7 @@ def with_dtypes(everywhere, first_of_role, wide=lambda dtype: None, accuracy=("d
             if a.accuracy in accuracy
             for d in (
                 *everywhere,
+                *(special if c.name in FIRST_OF_ROLE or a.name not in GENERAL else ()),
                 *(first_of_role if c.name in FIRST_OF_ROLE else ()),
                 *(rare if c.name in FIRST_OF_ROLE and a.name not in GENERAL else ()),
             )
@@ -57,7 +61,7 @@ def with_dtypes(everywhere, first_of_role, wide=lambda dtype: None, accuracy=("d
     )
 
 
-@with_dtypes((np.float32,), (np.float64, bfloat16, np.complex64), rare=(np.float16, np.complex128))
+@with_dtypes((), (bfloat16,), rare=(np.float64, np.float16, np.complex64, np.complex128), special=(np.float32,))
 def test_value(case, algorithm, dtype):
     problem = case.problem(dtype)
     lhs, rhs = case.operands(dtype)
@@ -69,7 +73,7 @@ def test_value(case, algorithm, dtype):
 WIDE = {np.int8: np.int32, np.uint8: np.uint32, bfloat16: np.float32}
 
 
-@with_dtypes((np.int8,), (np.uint8, bfloat16), WIDE.get, ("direct",), (np.int32, np.float32))
+@with_dtypes((np.int8,), (bfloat16,), WIDE.get, ("direct",), (np.uint8, np.int32, np.float32))
 def test_exact(case, algorithm, dtype):
     """Integers small enough to be exact in the dtype give bit-equal results by direct-class algorithms."""
     problem = case.problem(dtype)

@@ -275,7 +275,7 @@ def test_drop_in(name, case):
     ((_, y), grads), ((_, expected), expected_grads) = differentiated(ours), differentiated(theirs)
     assert_like_flax(y, expected)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
-        assert_like_flax(a, b)
+        assert_like_flax(a, b, options.get("dtype"))
     used = primitives(ours.apply, variables, x)
     assert "jconv" in used and "conv_general_dilated" not in used
     assert "conv_general_dilated" in primitives(theirs.apply, variables, x)

@@ -72,7 +72,7 @@ def test_value_and_adjoint(drawn):
         assert np.vdot(expected, g) == np.vdot(lhs, gx) == np.vdot(rhs, gw)
 
 
-@settings(SETTINGS, max_examples=300)
+@settings(SETTINGS, max_examples=100)
 @given(problems())
 def test_involution(drawn):
     problem, _ = drawn

@@ -21,7 +21,7 @@ from jconv.algorithms.base import (
     taps,
 )  # fmt: skip
 from jconv.device import Device
-from jconv.problem import ConvProblem
+from jconv.problem import ConvProblem, is_static
 
 _MOST_TERMS = 64
 
@@ -39,6 +39,8 @@ class Direct:
         if any(d > 1 for d in problem.lhs_dilation):
             return f"needs an input without holes, got lhs_dilation {problem.lhs_dilation}"
         refusal = refuse_unsized(problem)
+        if refusal is None and not is_static(*problem.rhs_shape):
+            return "needs the number of products for an output to be known, not a symbol"
         if refusal is None and prod(problem.rhs_shape[1:]) > _MOST_TERMS:
             return f"needs at most {_MOST_TERMS} products for an output, got {prod(problem.rhs_shape[1:])}"
         return refusal

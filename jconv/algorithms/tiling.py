@@ -116,14 +116,18 @@ class InParts:
 
 
 def within(algorithm: Algorithm, problem: ConvProblem, device: Device) -> Algorithm | None:
-    """``algorithm``, in as few parts as keep its workspace under the device's limit; None if no split does."""
+    """``algorithm``, in as few parts as keep its workspace under the device's limit; None if no split does.
+
+    What has symbolic sizes is left whole: a loop needs the number of its turns."""
+    if not is_static(*problem.lhs_shape, *problem.rhs_shape):
+        return algorithm
     limit, workspace = device.workspace_limit, algorithm.cost(problem, device).workspace
     if workspace <= limit:
         return algorithm
     p = problem
     images, rows = (p.lhs_shape[1], p.window[0]) if p.is_weight_gradient else (p.lhs_shape[0], p.output_shape[2])
     divisible = p.feature_groups == 1 if p.is_weight_gradient else p.batch_groups == 1
-    if not divisible or not is_static(*p.lhs_shape, *p.rhs_shape):
+    if not divisible:
         return None
     for parts in range(-(-workspace // limit), images):
         if images % parts == 0:
