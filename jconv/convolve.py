@@ -22,7 +22,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jconv.adjoint import as_input, as_weight, input_problem, kernel_for_input, merge_axis, split_axis, weight_problem
-from jconv.algorithms.base import Algorithm, lax_convolution
+from jconv.algorithms.base import Algorithm, lax_convolution, vary, varying
 from jconv.errors import AlgorithmError, ConvError, ConvTypeError
 from jconv.planner import choose, resolve
 from jconv.problem import ConvProblem, is_static
@@ -311,19 +311,10 @@ def _reverse_only(lhs: jax.Array, rhs: jax.Array, problem: ConvProblem, wish: Al
 
 def _equally_varying(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Under ``shard_map(check_vma=True)``, both operands cast to vary over the union of their mesh axes."""
-    left, right = _varying(lhs), _varying(rhs)
+    left, right = varying(lhs), varying(rhs)
     if left == right:
         return lhs, rhs
-    return _vary(lhs, right - left), _vary(rhs, left - right)
-
-
-def _varying(x: Any) -> frozenset[Any]:
-    aval = jax.typeof(x)
-    return aval.mat.varying if hasattr(aval, "mat") else aval.vma  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _vary(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
-    return lax.pcast(x, tuple(axes), to="varying") if axes else x
+    return vary(lhs, right - left), vary(rhs, left - right)
 
 
 def _explicit_sharding(aval: Any) -> Any:

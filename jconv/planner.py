@@ -85,17 +85,25 @@ def plan(problem: ConvProblem, platform: str) -> Plan:
 @lru_cache(maxsize=4096)
 def plan_given(problem: ConvProblem, device: Device, times: Pairs) -> Plan:
     """As :func:`plan`, where ``times`` are the measurements: (algorithm, nanoseconds or why it failed) pairs."""
-    candidates = tuple(_candidate(algorithm, problem, device) for algorithm in ALGORITHMS)
-    known = tuple(_with_measurement(c, dict(times).get(c.algorithm.name)) for c in candidates)
-    ran = [c for c in known if c.refusal is None and c.measured_ns is not None]
-    if ran:
-        best = min(ran, key=lambda c: c.measured_ns or 0)
-        return Plan(problem, device, best.algorithm, "the fastest measured", known)
-    admitted = [c for c in candidates if c.refusal is None and c.time_ns is not None]
+    found = dict(times)
+    candidates = tuple(
+        _with_measurement(_candidate(algorithm, problem, device), found.get(algorithm.name)) for algorithm in ALGORITHMS
+    )
+    able = [c for c in candidates if c.refusal is None and c.time_ns is not None]
     if device.vendor_default:
-        return Plan(problem, device, _XLA, f"the vendor's kernels are the default on {device.platform}", candidates)
-    best = min(admitted, key=lambda c: c.time_ns or 0)
-    return Plan(problem, device, best.algorithm, "the smallest estimate", candidates)
+        guess, reason = candidates[-1], f"the vendor's kernels are the default on {device.platform}"
+    else:
+        guess, reason = min(able, key=lambda c: c.time_ns or 0), "the smallest estimate"
+    # A time says little about who was not timed: it counts where the guess itself was timed, or failed.
+    if guess.measured_ns is None and guess.refusal is None:
+        return Plan(problem, device, guess.algorithm, reason, candidates)
+    timed = [c for c in able if c.measured_ns is not None]
+    if not timed:
+        return Plan(
+            problem, device, min(able, key=lambda c: c.time_ns or 0).algorithm, "the smallest estimate", candidates
+        )
+    best = min(timed, key=lambda c: c.measured_ns or 0)
+    return Plan(problem, device, best.algorithm, "the fastest measured", candidates)
 
 
 def named(algorithm: Any) -> Algorithm | None:
@@ -142,34 +150,37 @@ def choose(problem: ConvProblem, wish: Algorithm | None, platform: str) -> Algor
 
 
 def _candidate(algorithm: Algorithm, problem: ConvProblem, device: Device) -> Candidate:
-    wide = problem if device.vendor_default else widened(problem)
-    refusal = algorithm.why_not(wide)
+    wide = not device.vendor_default and widened(problem) is not problem
+    way = Widened(algorithm) if wide else algorithm
+    refusal = way.why_not(problem)
     if refusal is not None:
         return Candidate(algorithm, None, None, refusal)
-    cost, runner = algorithm.cost(_sized(wide), device), within(algorithm, wide, device)
-    if runner is None or (runner is algorithm and cost.workspace > device.workspace_limit):
+    cost, runner = way.cost(_sized(problem), device), within(way, problem, device)
+    if runner is None or (runner is way and cost.workspace > device.workspace_limit):
         sizes = (f"{size / MiB:.3g} MiB" for size in (cost.workspace, device.workspace_limit))
         limit = "needs {} of workspace, the limit is {}".format(*sizes)
         return Candidate(algorithm, cost, _time_ns(cost, device), limit)
     if isinstance(runner, InParts):
-        part, n = runner.cost(wide, device), runner.count
+        part, n = runner.cost(problem, device), runner.count
         cost = replace(part, flops=part.flops * n, bytes=part.bytes * n, kernels=(part.kernels + 2) * n)
-    refusal = _too_inexact(algorithm, problem)
-    return Candidate(algorithm, cost, _time_ns(cost, device), refusal, runner if wide is problem else Widened(runner))
+    refusal = _not_by_itself(algorithm, problem, cost)
+    return Candidate(algorithm, cost, _time_ns(cost, device), refusal, runner)
 
 
 def _manner(runner: Algorithm | None) -> str:
-    wide = isinstance(runner, Widened)
-    inner = runner.inner if wide else runner
-    parts = f"in {inner.count} parts" if isinstance(inner, InParts) else ""
-    return " ".join(filter(None, ("in float32" if wide else "", parts)))
+    parts = f"in {runner.count} parts" if isinstance(runner, InParts) else ""
+    way = runner.inner if isinstance(runner, InParts) else runner
+    return " ".join(filter(None, ("in float32" if isinstance(way, Widened) else "", parts)))
 
 
-def _too_inexact(algorithm: Algorithm, problem: ConvProblem) -> str | None:
+def _not_by_itself(algorithm: Algorithm, problem: ConvProblem, cost: Cost) -> str | None:
+    """Why the planner does not take what could serve."""
     if algorithm.accuracy == "loose":
         return "runs only when it is named: its error is larger than direct summation's"
     if algorithm.accuracy == "bounded" and lax.Precision.HIGHEST in _precisions(problem):
         return "is no direct summation, which precision HIGHEST asks for"
+    if cost.unit != "conv" and isinstance(problem.precision, lax.DotAlgorithm | lax.DotAlgorithmPreset):
+        return f"leaves {problem.precision} to XLA's convolution, which knows it on every platform"
     return None
 
 

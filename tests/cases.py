@@ -202,6 +202,11 @@ CASES: tuple[Case, ...] = (
     C("edge_1d:no_batch", (0, 3, 8), (4, 3, 3)),
     C("edge_2d:no_output", (2, 3, 3, 3), (4, 3, 5, 2)),
     # these once failed
+    C("once_2d:crop_one_side_pad_the_other", (1, 8, 9, 8), (8, 8, 3, 3), padding=((0, 0), (-1, 1))),
+    C("once_2d:crop_and_pad_both_axes", (2, 8, 9, 8), (8, 8, 3, 3), padding=((-1, 1), (-1, 1))),
+    C("once_2d:padding_beyond_the_window", (2, 8, 7, 6), (8, 8, 3, 3), (2, 1), padding=((4, 0), (4, 0))),
+    C("once_2d:crop_of_holes", (1, 4, 5, 6), (4, 4, 3, 3), padding=((-2, 3), (1, -3)), lhs_dilation=(3, 2)),
+    C("once_2d:large_strided_depthwise", (1, 2, 28, 28), (2, 1, 13, 13), (2, 2), ((6, 6), (6, 6)), feature_groups=2),
 )  # fmt: skip
 
 BY_NAME = {case.name: case for case in CASES}

@@ -472,3 +472,48 @@ def test_export_with_symbolic_image():
     f = lambda x, w: jconv.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=NHWC)  # noqa: E731
     artifact = exported(f, jax.ShapeDtypeStruct((b, h, h, 3), x.dtype), jax.ShapeDtypeStruct(w.shape, w.dtype))
     check(artifact.call(x, w), f(x, w))
+
+
+SPREAD = {
+    "row pairs": ((4, 14, 14, 32), (7, 7, 1, 32), 32),
+    "chunks": ((2, 56, 56, 16), (5, 5, 1, 16), 16),
+    "parts": ((16, 56, 56, 64), (3, 3, 64, 64), 1),
+    "groups": ((2, 14, 14, 64), (3, 3, 32, 64), 2),
+}
+
+
+@pytest.mark.parametrize("autodiff", ("primitive", "custom_vjp"))
+@pytest.mark.parametrize("name", SPREAD)
+def test_loops_under_shard_map(name, autodiff):
+    """What an algorithm carries through a loop or a conditional varies over the mesh as its operands do."""
+    lhs, rhs, groups = SPREAD[name]
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+
+    def step(x, w):
+        def f(x, w):
+            y = jconv.conv_general_dilated(
+                x, w, (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=groups, autodiff=autodiff
+            )
+            return jnp.sin(y).sum()
+
+        return jax.lax.psum(jax.grad(f, 1)(x, w), "batch") if autodiff == "custom_vjp" else jax.grad(f, 1)(x, w)
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (lhs, rhs)]
+    spread = jax.shard_map(step, mesh=mesh, in_specs=(spec("batch"), spec()), out_specs=spec())
+    assert jax.eval_shape(spread, *shapes).shape == rhs
+    jax.jit(spread).lower(*shapes)
+
+
+@pytest.mark.parametrize("groups", (1, 4))
+def test_export_with_height_and_width_apart(groups):
+    """Sizes of the image that are known at the call only, with padding in numbers."""
+    b, h, w = jax.export.symbolic_shape("b, h, w")
+    x, k = arrays((2, 6, 7, 4), (3, 3, 4 // groups, 8))
+
+    def f(x, k):
+        pads = ((1, 1), (0, 2))
+        return jconv.conv_general_dilated(x, k, (1, 1), pads, dimension_numbers=NHWC, feature_group_count=groups)
+
+    artifact = exported(f, jax.ShapeDtypeStruct((b, h, w, 4), x.dtype), jax.ShapeDtypeStruct(k.shape, k.dtype))
+    check(artifact.call(x, k), f(x, k))

@@ -59,7 +59,7 @@ class Algorithm(Protocol):
     @property
     def accuracy(self) -> Accuracy:
         """``"direct"``: sums of the products themselves, in some order. ``"bounded"``: other arithmetic whose
-        error is no larger than direct summation's. ``"loose"``: a larger error; runs only when it is named."""
+        error is no larger than direct summation's, relative to the largest value of the result. ``"loose"``: a larger error; runs only when it is named."""
         ...
 
     def why_not(self, problem: ConvProblem) -> str | None:
@@ -157,8 +157,8 @@ def strided(
 
 
 def accumulator(problem: ConvProblem) -> np.dtype:
-    """Where sums are written out, 16-bit floats are summed in 32 bits, as a product of matrices does."""
-    narrow = jnp.issubdtype(problem.dtype, jnp.floating) and problem.out_dtype.itemsize == 2
+    """Where sums are written out, floats of 16 bits or fewer are summed in 32, as a product of matrices does."""
+    narrow = jnp.issubdtype(problem.dtype, jnp.floating) and problem.out_dtype.itemsize < 4
     return np.dtype(np.float32) if narrow else problem.out_dtype
 
 
@@ -166,6 +166,21 @@ def summed(terms: Sequence[jax.Array], chains: int) -> jax.Array:
     """The sum, in chains that do not wait for one another: a single one is bound by the latency of an addition."""
     sums = [functools.reduce(operator.add, terms[i::chains]) for i in range(min(chains, len(terms)))]
     return functools.reduce(operator.add, sums)
+
+
+def varying(x: Any) -> frozenset[Any]:
+    """The mesh axes over which ``x`` varies inside ``shard_map``."""
+    aval = jax.typeof(x)
+    return aval.mat.varying if hasattr(aval, "mat") else aval.vma  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def vary(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
+    return lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+def zeros_as(x: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Zeros that vary over the mesh axes that ``x`` varies over, as the carry of a loop over ``x`` must."""
+    return vary(jnp.zeros(shape, dtype), varying(x))
 
 
 def unreversed(problem: ConvProblem, rhs: jax.Array) -> tuple[ConvProblem, jax.Array]:

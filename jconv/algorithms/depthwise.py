@@ -32,11 +32,13 @@ from jconv.algorithms.base import (
     refuse_unsized,
     summed,
     unreversed,
+    zeros_as,
 )
 from jconv.device import Device
 from jconv.problem import ConvProblem, is_static
 
-_MOST_TAPS = 121  # one loop over more of them spills: 8 times slower at 169
+_MOST_TAPS = 256
+_UNSPILLED = 121  # taps of one loop; over more of them it spills, 3 to 8 times slower
 _TAPS_OF_PAIRS = 16  # from here on what two rows share outweighs the pass that parts them
 _CACHED_WEIGHTS = 6144  # taps times channels that stay in the first-level cache beside the rows they meet
 _CACHED_BYTES = 1 << 18  # of both operands of a kernel gradient, in the second-level cache
@@ -71,7 +73,7 @@ class Depthwise:
         padded = prod(problem.lhs_shape[:2]) * prod(problem.padded) * accumulator(problem).itemsize
         taps, gradient = prod(_window(problem)), problem.batch_groups > 1
         flops = 2 * problem.macs // (1 if gradient else prod(problem.lhs_dilation))
-        efficiency = 300 if gradient else min(1000, 400 + 10 * taps)
+        efficiency = 300 if gradient else min(1000, 400 + 10 * taps) if taps <= _UNSPILLED else 140
         return Cost(flops, operand_bytes(problem), padded, efficiency, "vector", 3 + (taps // 2 if gradient else 0))
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -173,7 +175,7 @@ def _apart(f: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
     first = lax.slice(args[0], (0,) * args[0].ndim, (1,) * args[0].ndim).reshape(())
     true = (lax.bitcast_convert_type(first.astype(jnp.float32), jnp.int32) | 1) != 0
     result = jax.eval_shape(f, *args)
-    return lax.cond(true, f, lambda *_: jnp.zeros(result.shape, result.dtype), *args)
+    return lax.cond(true, f, lambda *_: zeros_as(args[0], result.shape, result.dtype), *args)
 
 
 def _kernel_gradient(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -240,7 +242,7 @@ def _by_chunks(
         return z + _tap_sums(chunk, *part, taps, chunked=True)
 
     result = jax.eval_shape(functools.partial(_tap_sums, problem, taps=taps), x, g)
-    return lax.fori_loop(0, x.shape[batch_axis] * count, add, jnp.zeros(result.shape, result.dtype))
+    return lax.fori_loop(0, x.shape[batch_axis] * count, add, zeros_as(x, result.shape, result.dtype))
 
 
 def _tap_sums(

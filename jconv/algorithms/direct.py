@@ -60,5 +60,6 @@ class Direct:
         terms = []
         for index, offset in taps(problem):
             part = strided(x, spatial, offset, problem.output_shape[2:], problem.strides)
-            terms += [part[..., c : c + 1] * w[index][c] for c in range(w.shape[-2])]
+            row = (1,) * (x.ndim - 1)
+            terms += [part[..., c : c + 1] * w[index][c].reshape(*row, -1) for c in range(w.shape[-2])]
         return from_channel_last(problem, summed(terms, chains=4).astype(problem.out_dtype))

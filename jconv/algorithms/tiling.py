@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from jconv.adjoint import merge_axis
-from jconv.algorithms.base import Accuracy, Algorithm, Cost
+from jconv.algorithms.base import Accuracy, Algorithm, Cost, zeros_as
 from jconv.device import Device
 from jconv.problem import ConvProblem, is_static
 
@@ -107,7 +107,7 @@ class InParts:
             start[window_axis] = i % self.bands * rows
             return total + self.inner.run(part, slice_of_lhs(i), lax.dynamic_slice(rhs, start, kernel_sizes))
 
-        total = lax.fori_loop(0, self.count, add, jnp.zeros(problem.physical_output_shape, part.out_dtype))
+        total = lax.fori_loop(0, self.count, add, zeros_as(lhs, problem.physical_output_shape, part.out_dtype))
         return total.astype(problem.out_dtype)
 
     def _rows(self, problem: ConvProblem) -> int:
@@ -125,7 +125,7 @@ def within(algorithm: Algorithm, problem: ConvProblem, device: Device) -> Algori
     if workspace <= limit:
         return algorithm
     p = problem
-    images, rows = (p.lhs_shape[1], p.window[0]) if p.is_weight_gradient else (p.lhs_shape[0], p.output_shape[2])
+    images = p.lhs_shape[1] if p.is_weight_gradient else p.lhs_shape[0]
     divisible = p.feature_groups == 1 if p.is_weight_gradient else p.batch_groups == 1
     if not divisible:
         return None
@@ -134,8 +134,9 @@ def within(algorithm: Algorithm, problem: ConvProblem, device: Device) -> Algori
             split = InParts(algorithm, parts, 1)
             if split.why_not(p) is None and split.cost(p, device).workspace <= limit:
                 return split
-    if p.lhs_dilation[0] > 1:
+    if p.spatial_rank == 0 or p.lhs_dilation[0] > 1:
         return None
+    rows = p.window[0] if p.is_weight_gradient else p.output_shape[2]
     one = InParts(algorithm, images, 1)
     if one.why_not(p) is not None:
         return None

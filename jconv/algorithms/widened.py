@@ -1,4 +1,4 @@
-"""16-bit floats in 32 bits: what a CPU has no arithmetic for is cast once, not in every loop."""
+"""Floats of 16 bits or fewer in 32 bits: what a CPU has no arithmetic for is cast once, not in every loop."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Widened:
 
 
 def widened(problem: ConvProblem) -> ConvProblem:
-    """The problem in float32 where its operands are 16-bit floats, else itself."""
-    if problem.dtype.itemsize != 2 or not jnp.issubdtype(problem.dtype, jnp.floating):
+    """The problem in float32 where its operands are floats of 16 bits or fewer, else itself."""
+    if problem.dtype.itemsize > 2 or not jnp.issubdtype(problem.dtype, jnp.floating):
         return problem
     wide = np.dtype(np.float32)
     preferred = None if problem.out_dtype.itemsize <= wide.itemsize else problem.preferred_element_type

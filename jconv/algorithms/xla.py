@@ -7,6 +7,8 @@ from math import prod
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from jconv.algorithms.base import (
     Accuracy,
@@ -40,18 +42,39 @@ class Xla:
         if device.vendor_default:
             return Cost(2 * problem.macs // prod(problem.lhs_dilation), operand_bytes(problem), 0, 850, "conv")
         threads = 1 if problem.rhs_shape[0] <= _SERIAL or problem.groups > 1 else 0
+        efficiency = max(1, _cpu_efficiency(problem) // _slower(problem.dtype))
         kernels = 2 if self.channel_last else 1 if problem.layout == _channel_last(problem) else 3
-        return Cost(2 * problem.macs, operand_bytes(problem), 0, _cpu_efficiency(problem), "conv", kernels, threads)
+        return Cost(2 * problem.macs, operand_bytes(problem), 0, efficiency, "conv", kernels, threads)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         if problem.is_empty:
             # XLA refuses a window without elements, which the kernel gradient of an empty output has.
+            return jnp.zeros(problem.physical_output_shape, problem.out_dtype)
+        problem, lhs = _cropped(problem, lhs)
+        if 0 in lhs.shape:
             return jnp.zeros(problem.physical_output_shape, problem.out_dtype)
         if not self.channel_last:
             return lax_convolution(problem, lhs, rhs)
         lhs, rhs = channel_last(problem, lhs, rhs)
         out = lax_convolution(problem.replace(layout=_channel_last(problem)), lhs, rhs)
         return from_channel_last(problem, out)
+
+
+def _cropped(problem: ConvProblem, lhs: jax.Array) -> tuple[ConvProblem, jax.Array]:
+    """Negative padding as a slice: XLA:CPU reads outside the array where it crops one side and pads the other.
+
+    Along an axis with dilation d, of c places to crop the first m = ceil(c / d) elements go, and m d - c are padded."""
+    if all(side >= 0 for pair in problem.padding for side in pair):
+        return problem, lhs
+    padding, sizes = [], list(problem.lhs_shape)
+    for i, (pair, d) in enumerate(zip(problem.padding, problem.lhs_dilation, strict=True)):
+        gone = [-(-max(0, -side) // d) for side in pair]
+        axis, size = problem.layout.lhs_spec[2 + i], sizes[2 + i]
+        low, high = min(gone[0], size), max(size - gone[1], min(gone[0], size))
+        lhs = lax.slice_in_dim(lhs, low, high, axis=axis)
+        sizes[2 + i] = high - low
+        padding.append(tuple(side + m * d for side, m in zip(pair, gone, strict=True)))
+    return problem.replace(padding=tuple(padding), lhs_shape=tuple(sizes)), lhs
 
 
 def _channel_last(problem: ConvProblem) -> Layout:
@@ -62,6 +85,13 @@ def _channel_last(problem: ConvProblem) -> Layout:
 
 _LANES = 16
 _SERIAL = 96  # output features up to which XLA:CPU's convolution runs on one thread
+
+
+def _slower(dtype: np.dtype) -> int:
+    """How much further behind a matrix product than in float32: its fast convolutions know nothing else."""
+    if dtype.kind in "iu":
+        return 12
+    return 1 if dtype.itemsize <= 4 and dtype.kind != "c" else 3
 
 
 def _cpu_efficiency(problem: ConvProblem) -> int:
