@@ -146,16 +146,19 @@ def beside_time(data: dict[str, Any]) -> Grid:
             errors = [c["error"] for c in found]
             compiles = [c["compile_s"] for c in found if c["compile_s"] is not None]
             temps = [c["temp_bytes"] for c in found if c["temp_bytes"] is not None]
+            laxs = [r["contenders"][best(r, "lax")]["error"] for r in here]  # pyright: ignore[reportArgumentType]
+            # Below a unit in the last place two errors say nothing of each other.
+            worst = max(e / max(x, 2**-23) for e, x in zip(errors, laxs, strict=True))
             lines.append(
                 (
-                    direction, library, f"{statistics.median(errors):.1e}", f"{max(errors):.1e}",
+                    direction, library, f"{statistics.median(errors):.1e}", f"{max(errors):.1e}", f"{worst:.2f}",
                     f"{1e3 * statistics.median(compiles):.0f}" if compiles else "",
                     f"{1e3 * max(compiles):.0f}" if compiles else "",
                     f"{statistics.fmean(temps) / 1e6:.1f}" if temps else "", f"{max(temps) / 1e6:.1f}" if temps else "",
                 )
             )  # fmt: skip
     header = (
-        "direction", "library", "error, median", "worst", "compile ms, median", "worst", "temporaries MB, mean", "worst"
+        "direction", "library", "error, median", "worst", "worst / lax's", "compile ms, median", "worst", "temporaries MB, mean", "worst"
     )  # fmt: skip
     return Grid(f"Error against float64, compile time, temporaries, {label(data)}", header, lines, 2)
 
@@ -222,8 +225,16 @@ def label(data: dict[str, Any]) -> str:
 
 
 def short(files: list[dict[str, Any]]) -> str:
-    """What the README shows: ratios by class, and the networks."""
-    return "\n\n".join(f"{grid.title}:\n\n{grid.markdown()}" for grid in map(_short, files))
+    """What the README shows: the circumstances, ratios by class, and the networks."""
+    return "\n\n".join([circumstances(files)] + [f"{grid.title}:\n\n{grid.markdown()}" for grid in map(_short, files)])
+
+
+def circumstances(files: list[dict[str, Any]]) -> str:
+    """The machine, what stood in the environment, and whose code it was."""
+    where = {(f"{c['cpu']}", str(c["malloc"])) for c in (data["conditions"] for data in files)}
+    whose = sorted({row["state"] for data in files for row in data["rows"].values()})
+    places = "; ".join(f"{cpu}, allocator {malloc}" for cpu, malloc in sorted(where))
+    return f"Measured on {places}. Code: {'; '.join(whose)}."
 
 
 def _short(data: dict[str, Any]) -> Grid:

@@ -7,6 +7,7 @@ Two threads (2T): two pinned cores and wall time, since only that says what a se
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -61,9 +62,10 @@ class Timer:
     ) -> dict[str, dict[str, Any]]:
         """For each program the median in milliseconds, the quartiles, and how many samples there were.
 
-        Each program runs once to warm up and once to see how long it takes; then all take turns. A sample
-        is as many calls as fill two milliseconds. One that takes longer than a quarter of the budget is not
-        run again: its first call is its time. ``first``: seconds of first calls that were made already.
+        Each program runs once to warm up and once to see how long it takes; then all take turns, in another
+        order each time, since who runs before leaves the caches as they are. A sample is as many calls as fill
+        two milliseconds. One that takes longer than a quarter of the budget is not run again: its first call is
+        its time. ``first``: seconds of first calls that were made already.
         """
         samples: dict[str, list[float]] = {name: [] for name in programs}
         repeats, rounds = {}, {}
@@ -76,8 +78,11 @@ class Timer:
             repeats[name] = max(1, min(_MOST_REPEATS, int(_LEAST_SAMPLE / second)))
             share = self.budget / len(programs)
             rounds[name] = max(1, min(self.runs, int(share / (second * repeats[name]))))
+        order, shuffled = list(programs), random.Random(0)
         for turn in range(self.runs):
-            for name, program in programs.items():
+            shuffled.shuffle(order)
+            for name in order:
+                program = programs[name]
                 if turn < rounds[name]:
                     count = repeats[name]
                     samples[name].append(self.once(lambda p=program, n=count: [p() for _ in range(n)]) / count)

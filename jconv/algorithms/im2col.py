@@ -61,7 +61,7 @@ class Im2col:
             depth, width, height = prod(problem.rhs_shape[1:]), problem.rhs_shape[0] // problem.groups, rows
             columns = rows * depth * problem.groups
         peak = 650 if problem.is_weight_gradient else 1000
-        efficiency = peak * width // (width + 16) * height // (height + 16) * depth // (depth + 64) + 1
+        efficiency = peak * width // (width + 16) * height // (height + 16) * depth // (depth + 32) + 1
         if problem.groups > 1:
             efficiency = efficiency // 8 + 1
         flops = 2 * problem.macs * (prod(problem.padded) // prod(problem.window) if _on_cotangent(problem) else 1)

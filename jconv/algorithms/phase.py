@@ -42,7 +42,8 @@ class Phase:
         costs = [self.inner.cost(part, device) for part in _parts(problem)]
         flops = sum(c.flops for c in costs)
         out = 2 * prod(problem.output_shape) * problem.out_dtype.itemsize
-        moved = operand_bytes(problem) + sum(c.bytes for c in costs) + out
+        kernels = 6 * prod(problem.rhs_shape) * problem.dtype.itemsize  # every so many taps, copied and transposed
+        moved = operand_bytes(problem) + sum(c.bytes for c in costs) + out + kernels
         if problem.rhs_shape[0] < _LANES:
             moved += out * _LANES // problem.rhs_shape[0]
         at_full_rate = sum(1000 * c.flops // c.efficiency for c in costs)

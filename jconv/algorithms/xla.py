@@ -112,8 +112,11 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
             return 150
         work = out * taps * problem.lhs_shape[0]
         vectors = 50 + 650 * (out // _LANES * _LANES) // out
-        return vectors * work // (work + 3000) // (5 if problem.spatial_rank == 3 else 1) + 1
+        rows = prod(problem.rhs_shape[1:])
+        return vectors * work // (work + 3000) * rows // (rows + 48) // (5 if problem.spatial_rank == 3 else 1) + 1
     if problem.is_pointwise:
         return 850 * depth // (depth + 24) * out // (out + 8) // (2 if any(s > 1 for s in problem.strides) else 1) + 1
     work = (out * depth) ** 2
-    return {1: 400, 3: 250}.get(problem.spatial_rank, 950) * work // (work + 1800**2) + 1
+    efficiency = {1: 400, 3: 250}.get(problem.spatial_rank, 950) * work // (work + 1800**2) + 1
+    transposed = problem.spatial_rank == 2 and any(d > 1 for d in problem.lhs_dilation)
+    return max(efficiency, 700) if transposed and all(d == 1 for d in problem.rhs_dilation) else efficiency
