@@ -113,7 +113,8 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
         work = out * taps * problem.lhs_shape[0]
         vectors = 50 + 650 * (out // _LANES * _LANES) // out
         rows = prod(problem.rhs_shape[1:])
-        return vectors * work // (work + 3000) * rows // (rows + 48) // (5 if problem.spatial_rank == 3 else 1) + 1
+        unoptimised = 5 if problem.spatial_rank == 3 else 3 if problem.output_shape[-1] == 1 else 1
+        return vectors * work // (work + 3000) * rows // (rows + 48) // unoptimised + 1
     if problem.is_pointwise:
         return 850 * depth // (depth + 24) * out // (out + 8) // (2 if any(s > 1 for s in problem.strides) else 1) + 1
     work = (out * depth) ** 2
