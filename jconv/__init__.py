@@ -45,7 +45,12 @@ _ON_FIRST_USE = ("interop", "linen", "nnx", "tuning")
 
 def __getattr__(name: str):
     if name in _ON_FIRST_USE:
-        return _importlib.import_module(f"jconv.{name}")
+        try:
+            return _importlib.import_module(f"jconv.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != "flax":
+                raise
+            raise ImportError(f"jconv.{name} needs Flax, which is not installed; pip install flax") from error
     if name == "tune":
         return _importlib.import_module("jconv.tuning").tune
     raise AttributeError(f"module 'jconv' has no attribute {name!r}")

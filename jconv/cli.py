@@ -70,6 +70,9 @@ def tune(
     The times are kept in the user's data directory, or in $JCONV_STORE. What is known is not timed again.
     The exit code is 1 if an algorithm failed, and 2 for bad input.
 
+    A row of a FILE is {"nd": 2, "mb": 1, "g": 1, "ic": 64, "oc": 64, "deconv": false} with the sizes of each axis: input ih,
+    output oh, kernel kh, stride sh, padding ph and prh, dilation dh from 1; and so iw, ow and the rest.
+
     \b
     Examples:
       jconv tune --lhs 8,56,56,64 --rhs 3,3,64,64

@@ -90,20 +90,14 @@ def plan_given(problem: ConvProblem, device: Device, times: Pairs) -> Plan:
         _with_measurement(_candidate(algorithm, problem, device), found.get(algorithm.name)) for algorithm in ALGORITHMS
     )
     able = [c for c in candidates if c.refusal is None and c.time_ns is not None]
-    if device.vendor_default:
-        guess, reason = candidates[-1], f"the vendor's kernels are the default on {device.platform}"
-    else:
-        guess, reason = min(able, key=lambda c: c.time_ns or 0), "the smallest estimate"
-    # A time says little about who was not timed: it counts where the guess itself was timed, or failed.
-    if guess.measured_ns is None and guess.refusal is None:
-        return Plan(problem, device, guess.algorithm, reason, candidates)
     timed = [c for c in able if c.measured_ns is not None]
-    if not timed:
-        return Plan(
-            problem, device, min(able, key=lambda c: c.time_ns or 0).algorithm, "the smallest estimate", candidates
-        )
-    best = min(timed, key=lambda c: c.measured_ns or 0)
-    return Plan(problem, device, best.algorithm, "the fastest measured", candidates)
+    if timed:
+        best = min(timed, key=lambda c: c.measured_ns or 0)
+        return Plan(problem, device, best.algorithm, "the fastest measured", candidates)
+    if device.vendor_default:
+        return Plan(problem, device, _XLA, f"the vendor's kernels are the default on {device.platform}", candidates)
+    best = min(able, key=lambda c: c.time_ns or 0)
+    return Plan(problem, device, best.algorithm, "the smallest estimate", candidates)
 
 
 def named(algorithm: Any) -> Algorithm | None:

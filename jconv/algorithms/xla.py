@@ -44,15 +44,16 @@ class Xla:
         threads = 1 if problem.rhs_shape[0] <= _SERIAL or problem.groups > 1 else 0
         efficiency = max(1, _cpu_efficiency(problem) // _slower(problem.dtype))
         kernels = 2 if self.channel_last else 1 if problem.layout == _channel_last(problem) else 3
-        return Cost(2 * problem.macs, operand_bytes(problem), 0, efficiency, "conv", kernels, threads)
+        flops = 2 * problem.macs // (prod(problem.lhs_dilation) if _skips_holes(problem) else 1)
+        return Cost(flops, operand_bytes(problem), 0, efficiency, "conv", kernels, threads)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         if problem.is_empty:
             # XLA refuses a window without elements, which the kernel gradient of an empty output has.
             return jnp.zeros(problem.physical_output_shape, problem.out_dtype)
-        problem, lhs = _cropped(problem, lhs)
+        whole, (problem, lhs) = problem, _cropped(problem, lhs)
         if 0 in lhs.shape:
-            return jnp.zeros(problem.physical_output_shape, problem.out_dtype)
+            return jnp.zeros(whole.physical_output_shape, whole.out_dtype)
         if not self.channel_last:
             return lax_convolution(problem, lhs, rhs)
         lhs, rhs = channel_last(problem, lhs, rhs)
@@ -98,8 +99,8 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
     """Thousandths of its best rate that XLA:CPU's convolution was measured to reach (``make bench``).
 
     What it knows well is a dense 2-D convolution with many products for each of many output features. Groups, their
-    kernel gradients above all, and windows of three axes are loops that nothing has optimised; holes in lhs
-    are multiplied like data.
+    kernel gradients above all, and windows of three axes are loops that nothing has optimised; there holes in
+    lhs are multiplied like data.
     """
     out, depth = problem.rhs_shape[0], prod(problem.rhs_shape[1:])
     if problem.batch_groups > 1:
@@ -118,6 +119,13 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
     if problem.is_pointwise:
         return 850 * depth // (depth + 24) * out // (out + 8) // (2 if any(s > 1 for s in problem.strides) else 1) + 1
     work = (out * depth) ** 2
+    if _skips_holes(problem):
+        rows = problem.lhs_shape[0] * prod(problem.lhs_shape[2:])
+        return (200 + 5 * min(out, 128)) * rows // (rows + 96) + 1
     efficiency = {1: 400, 3: 250}.get(problem.spatial_rank, 950) * work // (work + 1800**2) + 1
-    transposed = problem.spatial_rank == 2 and any(d > 1 for d in problem.lhs_dilation)
-    return max(efficiency, 700) if transposed and all(d == 1 for d in problem.rhs_dilation) else efficiency
+    return efficiency if out >= _LANES else efficiency * (out + 10) // (_LANES + 10) + 1
+
+
+def _skips_holes(problem: ConvProblem) -> bool:
+    dense = problem.groups == 1 and problem.spatial_rank == 2 and not problem.is_weight_gradient
+    return dense and any(d > 1 for d in problem.lhs_dilation) and all(d == 1 for d in problem.rhs_dilation)
