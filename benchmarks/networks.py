@@ -600,7 +600,7 @@ def torch_contender(task: Task, memory_format: torch.memory_format, *, compile: 
 
 
 def onnx_contender(timer: timing.Timer, task: Task) -> Contender:
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = timer.threads
