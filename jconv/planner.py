@@ -8,7 +8,8 @@ from typing import Any
 
 from jax import lax
 
-from jconv.algorithms.base import Algorithm, Cost
+from jconv.algorithms.base import Algorithm, Cost, operand_bytes
+from jconv.algorithms.exchanged import Exchanged, exchanged, has_holes, worth_exchanging
 from jconv.algorithms.table import ALGORITHMS
 from jconv.algorithms.tiling import InParts, within
 from jconv.algorithms.widened import Widened, widened
@@ -26,7 +27,8 @@ class Candidate:
     """One row of a plan: an algorithm with its cost and the time that was measured, or the reason for its refusal.
 
     ``runner`` is what runs: the algorithm, in parts where its workspace would exceed the limit, and on CPU in
-    float32 where the operands are 16-bit floats; ``cost`` and ``time_ns`` are of all parts together, but for the workspace."""
+    float32 where the operands are 16-bit floats, or with the operands exchanged; ``cost`` and ``time_ns`` are of all
+    parts together, but for the workspace."""
 
     algorithm: Algorithm
     cost: Cost | None
@@ -48,7 +50,7 @@ class Plan:
 
     @property
     def runner(self) -> Algorithm:
-        """What runs: the algorithm, in parts or in float32 where its candidate says so."""
+        """What runs: the algorithm, in the manner that its candidate says."""
         chosen = next(c for c in self.candidates if c.algorithm == self.algorithm)
         return chosen.runner or self.algorithm
 
@@ -144,6 +146,22 @@ def choose(problem: ConvProblem, wish: Algorithm | None, platform: str) -> Algor
 
 
 def _candidate(algorithm: Algorithm, problem: ConvProblem, device: Device) -> Candidate:
+    if device.vendor_default or not worth_exchanging(problem):
+        return _as_posed(algorithm, problem, device)
+    other = _as_posed(algorithm, exchanged(problem), device)
+    if not has_holes(problem):
+        posed = _as_posed(algorithm, problem, device)
+        if _rank(posed) <= _rank(replace(other, time_ns=2 * (other.time_ns or 0))):
+            return posed
+    return other if other.runner is None else replace(other, runner=Exchanged(other.runner))
+
+
+def _rank(candidate: Candidate) -> tuple[bool, bool, int]:
+    """What can run first, then the faster."""
+    return candidate.runner is None, candidate.refusal is not None, candidate.time_ns or 0
+
+
+def _as_posed(algorithm: Algorithm, problem: ConvProblem, device: Device) -> Candidate:
     wide = not device.vendor_default and widened(problem) is not problem
     way = Widened(algorithm) if wide else algorithm
     refusal = way.why_not(problem)
@@ -156,15 +174,21 @@ def _candidate(algorithm: Algorithm, problem: ConvProblem, device: Device) -> Ca
         return Candidate(algorithm, cost, _time_ns(cost, device), limit)
     if isinstance(runner, InParts):
         part, n = runner.cost(problem, device), runner.count
-        cost = replace(part, flops=part.flops * n, bytes=part.bytes * n, kernels=(part.kernels + 2) * n)
+        sliced = 2 * operand_bytes(runner.part(problem))
+        cost = replace(part, flops=part.flops * n, bytes=(part.bytes + sliced) * n, kernels=(part.kernels + 2) * n)
     refusal = _not_by_itself(algorithm, problem, cost)
     return Candidate(algorithm, cost, _time_ns(cost, device), refusal, runner)
 
 
 def _manner(runner: Algorithm | None) -> str:
-    parts = f"in {runner.count} parts" if isinstance(runner, InParts) else ""
-    way = runner.inner if isinstance(runner, InParts) else runner
-    return " ".join(filter(None, ("in float32" if isinstance(way, Widened) else "", parts)))
+    words = []
+    while isinstance(runner, Exchanged | InParts | Widened):
+        if isinstance(runner, InParts):
+            words.append(f"in {runner.count} parts")
+        else:
+            words.append("operands exchanged" if isinstance(runner, Exchanged) else "in float32")
+        runner = runner.inner
+    return ", ".join(words)
 
 
 def _not_by_itself(algorithm: Algorithm, problem: ConvProblem, cost: Cost) -> str | None:

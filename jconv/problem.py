@@ -172,12 +172,14 @@ class ConvProblem:
 
     @property
     def is_weight_gradient(self) -> bool:
-        """True for the shape of a kernel gradient: a large window that yields a small output. Batch groups, which
-        the kernel gradient of feature groups has, tip the balance. False where sizes are symbols."""
+        """True for the shape of a kernel gradient: a large window that yields a small output, or one whose holes are
+        as wide as the output, as that of patches. Batch groups, which the kernel gradient of feature groups has, tip
+        the balance. False where sizes are symbols."""
         window, output = prod(self.window), prod(self.output_shape[2:])
         if not is_static(window, output):
             return False
-        return window > output or (self.batch_groups > 1 and window == output)
+        of_patches = output > 1 and self.rhs_dilation == self.output_shape[2:] and max(self.strides) == 1
+        return window > output or of_patches or (self.batch_groups > 1 and window == output)
 
     @property
     def is_empty(self) -> bool:

@@ -37,6 +37,7 @@ FLOORS = {
                 "algorithms.volume",
                 "algorithms.phase",
                 "algorithms.tiling",
+                "algorithms.exchanged",
                 "algorithms.widened",
                 "interop",
             ),

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import CASES
+from cases import CASES, Case
 from tolerances import assert_close, bfloat16
 
 import jconv
 from jconv import ALGORITHMS
 from jconv.adjoint import input_problem, weight_problem
+from jconv.algorithms.exchanged import Exchanged, exchanged, worth_exchanging
 from jconv.algorithms.tiling import InParts, within
 from jconv.convolve import input_gradient, weight_gradient
 from jconv.device import device_for
@@ -150,7 +151,7 @@ def test_total(case, platform):
     """A plan always has an algorithm that can serve, and gives its reason for each refusal."""
     for problem in (case.problem(), input_problem(case.problem()), weight_problem(case.problem())):
         p = plan(problem, platform)
-        assert p.algorithm.why_not(problem) is None
+        assert p.runner.why_not(problem) is None
         assert len(p.candidates) == len(ALGORITHMS)
         for c in p.candidates:
             assert (c.refusal is None) or len(c.refusal) > 10
@@ -167,7 +168,7 @@ def test_not_vacuous():
     assert served["im2col"] >= len(CASES) - 2
     least = {
         "pointwise": 10, "patches": 3, "direct": 30, "winograd": 20, "winograd4": 20, "fold": 25, "fft": 8, "volume": 8,
-        "phase": 8, "depthwise": 14, "grouped": 12, "groupwise": 14, "groupwise_winograd": 6, "channel_last": 90,
+        "phase": 8, "subpixel": 5, "depthwise": 14, "grouped": 12, "groupwise": 14, "groupwise_winograd": 6, "channel_last": 90,
     }  # fmt: skip
     assert all(served[name] >= count for name, count in least.items()), served
     assert len({c.name for c in CASES}) == len(CASES)
@@ -339,3 +340,32 @@ def test_the_default_is_as_accurate_as_lax(name, dtype):
         lhs, rhs = (rng.standard_normal([s[spec.index(a)] for a in range(len(s))]).astype(dtype) for s, spec in shapes)
         ours, laxs = (error(problem, wide, lhs, rhs, algorithm) for algorithm in ("auto", "xla"))
         assert ours <= max(2 * laxs, slack), plan(problem, "cpu")
+
+
+EXCHANGED = [
+    pytest.param(p, a, id=f"{c.name}-{a.name}")
+    for c in (*CASES, Case("transposed_2d:dilated", (2, 3, 5, 6), (4, 3, 3, 2), None, ((2, 1), (1, 1)), (3, 2), (2, 1)))
+    for p in (weight_problem(c.problem(np.int32)),)
+    if worth_exchanging(p)
+    for a in ALGORITHMS
+    if a.why_not(exchanged(p)) is None
+]
+
+
+@pytest.mark.parametrize("problem,algorithm", EXCHANGED)
+def test_exchanged(problem, algorithm):
+    """Convolution commutes: kernel gradients of transposed convolutions, with their operands exchanged."""
+    rng = np.random.default_rng(0)
+    shapes = ((problem.lhs_shape, problem.layout.lhs_spec), (problem.rhs_shape, problem.layout.rhs_spec))
+    lhs, rhs = (rng.integers(-9, 9, [s[spec.index(a)] for a in range(len(s))], np.int32) for s, spec in shapes)
+    np.testing.assert_array_equal(
+        Exchanged(algorithm).run(problem, jnp.asarray(lhs), jnp.asarray(rhs)), reference.convolve(problem, lhs, rhs)
+    )
+
+
+def test_transposed_kernel_gradients_are_exchanged():
+    assert len(EXCHANGED) > 30
+    up = _problem((1, 16, 16, 32), (2, 2, 32, 16), padding=((1, 1), (1, 1)))
+    p = plan(weight_problem(up.replace(lhs_dilation=(2, 2))), "cpu")
+    assert p.algorithm.name == "patches" and "operands exchanged" in str(p)
+    assert plan(p.problem, "cuda").runner.name == "xla" and "exchanged" not in str(plan(p.problem, "cuda"))

@@ -35,6 +35,7 @@ _DIRECT_CLASS = (
     "fold",
     "volume",
     "phase",
+    "subpixel",
     "winograd",
     "auto",
 )

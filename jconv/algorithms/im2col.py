@@ -20,6 +20,7 @@ from jconv.algorithms.base import (
     gradient_operands,
     operand_bytes,
     options,
+    over_rows,
     pad_and_dilate,
     refuse_unsized,
     strided,
@@ -35,8 +36,7 @@ _WIDE = 32
 
 @dataclass(frozen=True)
 class Im2col:
-    """Slices of the input side by side, then one product. For a kernel gradient the slices are of the operand
-    with fewer features: of the input, or (unstrided) of the output's gradient."""
+    """Slices of the input side by side, then one product."""
 
     name: str = "im2col"
     accuracy: Accuracy = "direct"
@@ -51,12 +51,8 @@ class Im2col:
         size, slices = problem.dtype.itemsize, _slices(problem)
         if problem.is_weight_gradient:
             rows = prod(problem.rhs_shape[1:])
-            narrow, wide = sorted(
-                (problem.lhs_shape[0] // problem.batch_groups, problem.rhs_shape[0] // problem.groups)
-            )
-            if problem.rhs_shape[0] < problem.lhs_shape[0] and not _on_cotangent(problem):
-                narrow, wide = wide, narrow
-            columns, height, width, depth = rows * narrow * slices * problem.batch_groups, narrow * slices, wide, rows
+            narrow, width = problem.lhs_shape[0] // problem.batch_groups, problem.rhs_shape[0] // problem.groups
+            columns, height, depth = rows * narrow * slices * problem.batch_groups, narrow * slices, rows
         else:
             rows = problem.output_shape[0] * prod(problem.output_shape[2:])
             depth, width, height = prod(problem.rhs_shape[1:]), problem.rhs_shape[0] // problem.groups, rows
@@ -64,12 +60,11 @@ class Im2col:
         peak = 650 if problem.is_weight_gradient else 1000
         efficiency = peak * width // (width + 16) * height // (height + 16) * depth // (depth + 64) + 1
         if problem.groups > 1:
-            efficiency = efficiency // 8 + 1
+            efficiency = efficiency // (2 if width >= _WIDE else 5) + 1
         features = max(1, problem.lhs_shape[0 if problem.is_weight_gradient else 1] // problem.groups)
         by_rows = features >= _NARROW or not problem.is_weight_gradient
         copied = columns * max(1, _WIDE // features) if by_rows else columns  # short rows are copied no faster
-        flops = 2 * problem.macs * (prod(problem.padded) // prod(problem.window) if _on_cotangent(problem) else 1)
-        return Cost(flops, operand_bytes(problem) + 2 * copied * size, columns * size, efficiency, kernels=3)
+        return Cost(2 * problem.macs, operand_bytes(problem) + 2 * copied * size, columns * size, efficiency, kernels=3)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         if not problem.is_weight_gradient:
@@ -106,19 +101,10 @@ def _by_column(problem: ConvProblem, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _kernel_gradient(problem: ConvProblem, x: jax.Array, g: jax.Array) -> jax.Array:
-    """columns[m, tap, c] . g[m, o], or x[m, c] . columns[m, tap, o], with m over batch and positions."""
+    """columns[m, tap, c] . g[m, o], with m over batch and positions."""
     spatial, result = tuple(range(1, problem.spatial_rank + 1)), problem.output_shape[2:]
     x = pad_and_dilate(problem, x, spatial)
     starts = [tuple(t * s for t, s in zip(tap, problem.strides, strict=True)) for tap in np.ndindex(*result)]
-    if _on_cotangent(problem):
-        zero, sizes = jnp.zeros((), g.dtype), x.shape[1:-1]
-        shifted = [
-            lax.pad(g, zero, [(0, 0, 0), *((a, n - a - o, 0) for a, n, o in zip(start, sizes, problem.window, strict=True)), (0, 0, 0)])
-            for start in starts
-        ]  # fmt: skip
-        columns, x = lax.concatenate(shifted, g.ndim - 1), x.reshape(-1, x.shape[-1])
-        out = _by_rows(problem, x, columns.reshape(x.shape[0], -1))
-        return from_gradient(problem, jnp.moveaxis(out.reshape(-1, *result, g.shape[-1]), 0, -2))
     features = x.shape[-1]
     if features < _NARROW:
         x = jnp.moveaxis(x, -1, 0)
@@ -128,20 +114,8 @@ def _kernel_gradient(problem: ConvProblem, x: jax.Array, g: jax.Array) -> jax.Ar
     else:
         slices = [strided(x, spatial, s, problem.window, problem.rhs_dilation) for s in starts]
         columns = lax.concatenate(slices, x.ndim - 1).reshape(-1, len(starts) * features)
-        out = _by_rows(problem, columns, g.reshape(columns.shape[0], -1))
+        out = over_rows(problem, columns, g.reshape(columns.shape[0], -1))
     return from_gradient(problem, out.reshape(*result, features, g.shape[-1]))
-
-
-def _by_rows(problem: ConvProblem, a: jax.Array, b: jax.Array) -> jax.Array:
-    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), **options(problem))
-
-
-def _on_cotangent(problem: ConvProblem) -> bool:
-    """Whether a kernel gradient lays out the output's gradient and not the input."""
-    unstrided = all(d == 1 for d in problem.rhs_dilation)
-    return (
-        problem.is_weight_gradient and problem.groups == 1 and unstrided and problem.rhs_shape[0] < problem.lhs_shape[0]
-    )
 
 
 def _by_position(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:

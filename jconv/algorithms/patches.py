@@ -18,6 +18,7 @@ from jconv.algorithms.base import (
     gradient_operands,
     operand_bytes,
     options,
+    over_rows,
     refuse_unsized,
 )  # fmt: skip
 from jconv.device import Device
@@ -62,7 +63,7 @@ class Patches:
             x = _in_patches(problem, x, g.shape[1:-1], problem.output_shape[2:])
             x = x.transpose(0, *range(1, 2 * n, 2), *range(2, 2 * n + 1, 2), 2 * n + 1)
             x, g = x.reshape(prod(g.shape[:-1]), -1), g.reshape(-1, g.shape[-1])
-            out = lax.dot_general(x, g, (((0,), (0,)), ((), ())), **options(problem))
+            out = over_rows(problem, x, g)
             return from_gradient(problem, out.reshape(*problem.output_shape[2:], -1, g.shape[-1]))
         x, w = channel_last(problem, lhs, rhs)
         if _forward(problem):

@@ -16,6 +16,7 @@ from jconv.algorithms.base import (
     inverse,
     operand_bytes,
     options,
+    over_rows,
     pad_and_dilate,
     refuse_unsized,
     strided,
@@ -43,7 +44,7 @@ class Pointwise:
         depth, width = prod(problem.rhs_shape[1:]), problem.rhs_shape[0]
         if _is_gradient(problem):
             height = problem.lhs_shape[0]
-            efficiency = 700 * width // (width + 16) * height // (height + 16) * depth // (depth + 64) + 1
+            efficiency = 1000 * width // (width + 16) * height // (height + 16) * depth // (depth + 64) + 1
             return Cost(2 * problem.macs, operand_bytes(problem), 0, efficiency)
         flops = 2 * problem.macs // prod(problem.lhs_dilation)
         efficiency = 1000 * width // (width + 8) * depth // (depth + 16) + 1
@@ -77,7 +78,7 @@ def _kernel_gradient(problem: ConvProblem, x: jax.Array, g: jax.Array) -> jax.Ar
     x = strided(x, spatial, (0,) * len(spatial), problem.window, problem.rhs_dilation)
     # Rows first: XLA:CPU multiplies two matrices along their rows in place, but copies what has more axes.
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    out = lax.dot_general(x, g, (((0,), (0,)), ((), ())), **options(problem))
+    out = over_rows(problem, x, g)
     return from_gradient(problem, out.reshape(*(1,) * len(spatial), *out.shape))
 
 

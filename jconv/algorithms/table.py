@@ -9,7 +9,7 @@ from jconv.algorithms.grouped import Grouped
 from jconv.algorithms.groupwise import Groupwise
 from jconv.algorithms.im2col import Im2col
 from jconv.algorithms.patches import Patches
-from jconv.algorithms.phase import Phase
+from jconv.algorithms.phase import Phase, Subpixel
 from jconv.algorithms.pointwise import Pointwise
 from jconv.algorithms.volume import Volume
 from jconv.algorithms.winograd import Winograd
@@ -32,6 +32,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     Fft(),
     Volume(_CHANNEL_LAST),
     Phase(_CHANNEL_LAST),
+    Subpixel(_CHANNEL_LAST),
     _CHANNEL_LAST,
     Xla(),
 )

@@ -103,6 +103,9 @@ class Winograd:
             efficiency = efficiency * width**2 // (width**2 + 24**2)
         flops = 2 * components * rows * features * out * other
         moved = operand_bytes(problem) + 5 * stored // 4
+        if other > 1 and not problem.is_weight_gradient:  # products of the other axis's taps are written and added up
+            moved += 3 * other * components * rows * out * problem.dtype.itemsize
+            efficiency = efficiency * (1 if problem.reversed else 3) // (2 if problem.reversed else 4)
         return Cost(flops, moved, stored, efficiency * rows // (rows + 32) + 1, kernels=7 + 2 * other)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -156,18 +159,22 @@ def _kernel_gradient(problem: ConvProblem, tile: int, x: jax.Array, g: jax.Array
     cotangent = cotangent.reshape(len(transform) ** len(axes), -1, g.shape[-1])
     others = [i for i in range(problem.spatial_rank) if i not in axes]
     windows = [problem.output_shape[2 + i] for i in others]
+    turned = x.shape[-1] > g.shape[-1]  # the wider operand on the right: see over_rows
     products = []
     for tap in np.ndindex(*windows):
         start = [t * problem.strides[i] for t, i in zip(tap, others, strict=True)]
         sizes, strides = ([of[i] for i in others] for of in (positions, problem.rhs_dilation))
         part = strided(data, [len(axes) + 1 + i for i in others], start, sizes, strides)
         part = part.reshape(cotangent.shape[0], -1, x.shape[-1])
-        products.append(lax.dot_general(part, cotangent, (((1,), (1,)), ((0,), (0,))), precision=problem.precision))
-    out = jnp.stack(products, axis=1).reshape(*[len(transform)] * len(axes), *windows, x.shape[-1], g.shape[-1])
+        left, right = (cotangent, part) if turned else (part, cotangent)
+        products.append(lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))), precision=problem.precision))
+    out = jnp.stack(products, axis=1)
+    out = out.reshape(*[len(transform)] * len(axes), *windows, *out.shape[-2:])
     for remaining in reversed(range(len(axes))):
         out = _combined(tuple(zip(*kernel_transform, strict=True)), list(out), remaining)
     order = np.argsort([*axes, *others])
-    return from_gradient(problem, out.transpose(*order, out.ndim - 2, out.ndim - 1))
+    out = out.transpose(*order, out.ndim - 2, out.ndim - 1)
+    return from_gradient(problem, jnp.swapaxes(out, -1, -2) if turned else out)
 
 
 def _transformed_input(problem: ConvProblem, x: jax.Array, tile: int, positions: Sequence[int]) -> jax.Array:

@@ -114,6 +114,11 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
         work = out * taps * problem.lhs_shape[0]
         vectors = 50 + 650 * (out // _LANES * _LANES) // out
         rows = prod(problem.rhs_shape[1:])
+        if problem.lhs_shape[0] < 8:  # the first layer's
+            wide = max(problem.rhs_dilation, default=1) > 2
+            vectors //= 4 if wide else 2 if problem.lhs_shape[1] > 2 or taps < 25 else 1
+        if problem.spatial_rank == 1:
+            vectors = vectors * 3 // 2
         unoptimised = 5 if problem.spatial_rank == 3 else 3 if problem.output_shape[-1] == 1 else 1
         return vectors * work // (work + 3000) * rows // (rows + 48) // unoptimised + 1
     if problem.is_pointwise:
@@ -122,7 +127,10 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
     if _skips_holes(problem):
         rows = problem.lhs_shape[0] * prod(problem.lhs_shape[2:])
         return (200 + 5 * min(out, 128)) * rows // (rows + 96) + 1
-    efficiency = {1: 400, 3: 250}.get(problem.spatial_rank, 950) * work // (work + 1800**2) + 1
+    if problem.spatial_rank == 3:
+        features = problem.rhs_shape[1]
+        return 750 * out // (out + 64) * features // (features + 16) + 1
+    efficiency = (400 if problem.spatial_rank == 1 else 950) * work // (work + 1800**2) + 1
     return efficiency if out >= _LANES else efficiency * (out + 10) // (_LANES + 10) + 1
 
 
