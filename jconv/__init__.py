@@ -6,6 +6,8 @@
 which algorithm runs and why, ``tune`` measures instead of estimating, ``workspace_limit`` bounds temporaries.
 """
 
+__version__ = "0.1.0"  # before the imports: the store asks for it
+
 import importlib as _importlib
 
 from jconv import functional as functional
@@ -30,8 +32,6 @@ from jconv.lax import plan as plan
 from jconv.lax import plans as plans
 from jconv.planner import Plan as Plan
 from jconv.problem import ConvProblem as ConvProblem
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ALGORITHMS", "Algorithm", "AlgorithmError", "ConvError", "ConvProblem", "ConvTypeError", "Cost", "Plan",

@@ -588,8 +588,7 @@ def _records(path: Path, content: bytes) -> list[tuple[store.Key, store.Times]]:
     good, bad = store.parse(content)
     if bad:
         raise ConvError(
-            f"path {str(path)!r} is no whole file of measurements: line {bad[0]} is no record of schema {store.SCHEMA}; "
-            "export it anew"
+            f"path {str(path)!r} is no whole file of measurements: line {bad[0]} is no record; export it anew"
         )
     return good
 

@@ -19,7 +19,7 @@ from jax import export, lax
 from typer.testing import CliRunner
 
 import jconv
-from jconv import ConvError, ConvProblem, planner, store, tuning
+from jconv import ConvError, ConvProblem, device, planner, store, tuning
 from jconv.adjoint import input_problem, weight_problem
 from jconv.cli import app
 from jconv.planner import plan
@@ -107,7 +107,9 @@ def test_a_measured_algorithm_that_is_not_admitted_does_not_win():
 
 def test_measurements_beat_the_vendors_default_on_their_own_platform_only(monkeypatch):
     here = store.here("cpu")
-    monkeypatch.setattr(store, "here", lambda platform: {"cpu": here, "cuda": store.Place("H", "1", 0)}.get(platform))
+    monkeypatch.setattr(
+        store, "here", lambda platform: {"cpu": here, "cuda": store.Place("H", "1", "1", 0, 0)}.get(platform)
+    )
     remember(DENSE, "cuda", im2col=1, xla=2)
     assert chosen(DENSE, "cuda") == "im2col"
     assert {chosen(DENSE, other) for other in ("rocm", "tpu", "default")} == {"xla"}
@@ -158,11 +160,29 @@ def test_keys_tell_problems_apart(name):
     assert store.measured(DENSE, "cpu") and not store.measured(KEYS[name], "cpu")
 
 
-@pytest.mark.parametrize("field, value", [("device", "cpu of another make"), ("jax", "0.0.1"), ("threads", 99)])
+@pytest.mark.parametrize(
+    "field, value",
+    [("device", "cpu of another make"), ("jax", "0.0.1"), ("jconv", "0.0.1"), ("threads", 99), ("workspace", 1)],
+)
 def test_keys_tell_places_apart(monkeypatch, field, value):
     remember(DENSE, xla=1, im2col=2)
     elsewhere = store.here("cpu")._replace(**{field: value})
     monkeypatch.setattr(store, "here", lambda platform: elsewhere)
+    assert not store.measured(DENSE, "cpu")
+
+
+def test_a_time_counts_under_its_workspace_limit_only(monkeypatch):
+    """In parts, or refused, is an algorithm of another speed."""
+    remember(DENSE, xla=1, im2col=2)
+    with monkeypatch.context() as wider:
+        wider.setattr(device, "_limit", 2 * jconv.workspace_limit())
+        assert not store.measured(DENSE, "cpu")
+    assert store.measured(DENSE, "cpu")
+
+
+def test_a_time_counts_for_the_jconv_that_measured_it_only(monkeypatch):
+    remember(DENSE, xla=1, im2col=2)
+    monkeypatch.setattr(store, "__version__", "99.0")
     assert not store.measured(DENSE, "cpu")
 
 
@@ -220,7 +240,7 @@ def test_concurrent_writers_lose_nothing(folder):
     code = """
 import sys
 from jconv import store
-place = store.Place("d", "j", 1)
+place = store.Place("d", "j", "v", 1, 1)
 for n in range(200):
     store.store().add([(store.Key(place, '{"writer":%s,"n":%d}' % (sys.argv[1], n)), {"xla": 1 + n, "im2col": "x" * 500})])
 """
@@ -269,9 +289,27 @@ def test_a_foreign_file_is_kept_and_named_once(folder, content):
         assert store.measured(DENSE, "cpu")
 
 
+def test_an_old_record_counts_nowhere_and_is_kept(folder, tmp_path):
+    """Records once did not say which jconv took them, nor under which limit; their problems can be tuned anew."""
+    remember(DENSE, xla=1, im2col=2)
+    file = folder / "measurements.jsonl"
+    record = json.loads(file.read_text())
+    del record["workspace"]
+    file.write_text(json.dumps(record | {"jconv": 1}) + "\n")
+    forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not store.measured(DENSE, "cpu")
+        remember(weight_problem(DENSE), xla=1, im2col=2)
+        assert tuning.import_measurements(file) == 0
+        assert tuning.read_problems(file) == [DENSE, weight_problem(DENSE)]
+        assert tuning.export_measurements(tmp_path / "all.jsonl") == 2
+        assert len(tuning.read_problems(tmp_path / "all.jsonl")) == 2
+
+
 @pytest.mark.parametrize(
     "damage",
-    [{"times": {"xla": -1}}, {"times": {"xla": True}}, {"times": 3}, {"threads": "2"}, {"problem": "p"}, {"jconv": 2}, {"device": 1}],
+    [{"times": {"xla": -1}}, {"times": {"xla": True}}, {"times": 3}, {"threads": "2"}, {"problem": "p"}, {"jconv": 2}, {"jconv": True}, {"device": 1}, {"workspace": "32 MiB"}],
     ids=str,
 )  # fmt: skip
 def test_a_record_of_another_form_is_no_record(damage):
@@ -347,7 +385,7 @@ def test_a_file_that_is_no_export_is_refused_whole(tmp_path, monkeypatch, conten
     tuning.export_measurements(path)
     path.write_bytes(path.read_bytes() + content)
     monkeypatch.setenv("JCONV_STORE", str(tmp_path / "elsewhere"))
-    with pytest.raises(ConvError, match="bad.jsonl' is no whole file of measurements: line 2 is no record of schema 1"):
+    with pytest.raises(ConvError, match="bad.jsonl' is no whole file of measurements: line 2 is no record"):
         tuning.import_measurements(path)
     assert not store.store().records
 
