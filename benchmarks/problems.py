@@ -375,7 +375,7 @@ def main() -> None:
     roof, before = timing.roofline(timer), book.data.get("roofline", {})
     book.data["roofline"] = {name: max(value, before.get(name, 0)) for name, value in roof.items()}  # the best seen
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("problems", total=len(wanted))
         for problem in wanted:
             progress.update(task, description=f"{options.threads}T {problem.name}")

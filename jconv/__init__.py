@@ -45,12 +45,7 @@ _ON_FIRST_USE = ("interop", "linen", "nnx", "tuning")
 
 def __getattr__(name: str):
     if name in _ON_FIRST_USE:
-        try:
-            return _importlib.import_module(f"jconv.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != "flax":
-                raise
-            raise ImportError(f"jconv.{name} needs Flax, which is not installed; pip install flax") from error
+        return _importlib.import_module(f"jconv.{name}")
     if name == "tune":
         return _importlib.import_module("jconv.tuning").tune
     raise AttributeError(f"module 'jconv' has no attribute {name!r}")
