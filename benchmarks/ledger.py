@@ -6,9 +6,10 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import platform
 from pathlib import Path
 from typing import Any
+
+from jconv.store import cpu_model
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results")
@@ -27,7 +28,7 @@ def conditions(benchmark: str, threads: int, clock: str, dtype: str, quick: bool
         "threads": threads,
         "clock": clock,
         "dtype": dtype,
-        "cpu": _cpu(),
+        "cpu": f"{cpu_model()}, {os.cpu_count()} cores",
         "malloc": tunables | {k: v for k, v in os.environ.items() if k == "GLIBC_TUNABLES"} or "glibc's defaults",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "quick": quick,
@@ -90,11 +91,3 @@ def refuse_unlike(one: str, a: dict[str, Any], other: str, b: dict[str, Any]) ->
                 f"{one} and {other} are not alike: {name} is {a.get(name)!r} and {b.get(name)!r}; "
                 "measure both under the same conditions, or write to another folder with --output"
             )
-
-
-def _cpu() -> str:
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-        model = next((value.strip() for key, _, value in lines if key.strip() == "model name"), model)
-    return f"{model}, {os.cpu_count()} cores"

@@ -727,7 +727,7 @@ def main() -> None:
         console.print(f"no network matches --only {options.only!r}")
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("networks", total=len(wanted))
         for name, network, mode, batch in wanted:
             shape = "x".join(map(str, (batch, *network.size, network.channels)))

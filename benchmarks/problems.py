@@ -38,7 +38,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jconv import ALGORITHMS, Algorithm, ConvProblem, Plan
+from jconv import ALGORITHMS, Algorithm, ConvProblem, Plan, tuning
 from jconv.adjoint import input_problem, weight_problem
 from jconv.algorithms.base import inverse, lax_convolution
 from jconv.convolve import convolve, input_gradient, weight_gradient
@@ -47,7 +47,6 @@ from jconv.problem import Layout
 
 PROBLEMS = Path(__file__).with_name("conv_problems.json")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-CHANNEL_LAST = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 FORWARD, TO_INPUT, TO_KERNEL = DIRECTIONS = ("forward", "input gradient", "kernel gradient")
 TORCH_FORMATS = {
     1: {"contiguous": torch.contiguous_format},
@@ -102,27 +101,10 @@ def all_problems(dtype: str = "float32") -> list[Problem]:
     names = [r["name"] or r["source"].rpartition("shapes_")[2] for r in rows]
     found = []
     for row, name in zip(rows, names, strict=True):
-        p = problem_of(row, dtype)
+        p = tuning.problem_of(row, tuning.dtype_of(dtype))
         unique = name if row["name"] and names.count(name) == 1 else f"{name}:{_geometry(p)}"
         found.append(Problem(unique, kind_of(row), p, row["deconv"]))
     return found
-
-
-def problem_of(row: dict[str, Any], dtype: str) -> ConvProblem:
-    axes = "dhw"[3 - row["nd"] :]
-    size, out, window, stride, dilation = ([row[f"{k}{a}"] for a in axes] for k in ("i", "o", "k", "s", "d"))
-    pads = [(row[f"p{a}"], row[f"pr{a}"]) for a in axes]
-    extent = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
-    rhs = jax.ShapeDtypeStruct((*window, row["ic"] // row["g"], row["oc"]), jnp.dtype(dtype))
-    lhs = jax.ShapeDtypeStruct((row["mb"], *size, row["ic"]), jnp.dtype(dtype))
-    layout = CHANNEL_LAST[row["nd"]]
-    if not row["deconv"]:
-        return ConvProblem.of(lhs, rhs, stride, pads, None, dilation, layout, row["g"])
-    pads = [
-        (r - 1 - lo, o - 1 - (i - 1) * s + lo)
-        for r, (lo, _), o, i, s in zip(extent, pads, out, size, stride, strict=True)
-    ]
-    return ConvProblem.of(lhs, rhs, (1,) * row["nd"], pads, stride, dilation, layout, row["g"])
 
 
 def kind_of(row: dict[str, Any]) -> str:
@@ -393,7 +375,7 @@ def main() -> None:
     roof, before = timing.roofline(timer), book.data.get("roofline", {})
     book.data["roofline"] = {name: max(value, before.get(name, 0)) for name, value in roof.items()}  # the best seen
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("problems", total=len(wanted))
         for problem in wanted:
             progress.update(task, description=f"{options.threads}T {problem.name}")

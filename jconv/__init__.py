@@ -6,6 +6,8 @@
 which algorithm runs and why, ``tune`` measures instead of estimating, ``workspace_limit`` bounds temporaries.
 """
 
+__version__ = "0.1.0"  # before the imports: the store asks for it
+
 import importlib as _importlib
 
 from jconv import functional as functional
@@ -31,8 +33,6 @@ from jconv.lax import plans as plans
 from jconv.planner import Plan as Plan
 from jconv.problem import ConvProblem as ConvProblem
 
-__version__ = "0.1.0"
-
 __all__ = [
     "ALGORITHMS", "Algorithm", "AlgorithmError", "ConvError", "ConvProblem", "ConvTypeError", "Cost", "Plan",
     "StateDictError", "conv", "conv_general_dilated", "conv_general_dilated_local", "conv_general_dilated_patches",
@@ -45,12 +45,7 @@ _ON_FIRST_USE = ("interop", "linen", "nnx", "tuning")
 
 def __getattr__(name: str):
     if name in _ON_FIRST_USE:
-        try:
-            return _importlib.import_module(f"jconv.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != "flax":
-                raise
-            raise ImportError(f"jconv.{name} needs Flax, which is not installed; pip install flax") from error
+        return _importlib.import_module(f"jconv.{name}")
     if name == "tune":
         return _importlib.import_module("jconv.tuning").tune
     raise AttributeError(f"module 'jconv' has no attribute {name!r}")

@@ -6,6 +6,8 @@ Exit codes: 0 fine, 1 a check failed, 2 bad input. Results go to stdout, everyth
 from __future__ import annotations
 
 import contextlib
+import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,11 +26,16 @@ import jax
 import jconv
 from jconv import tuning
 from jconv.errors import ConvError
-from jconv.problem import ConvProblem, integer
+from jconv.problem import ConvProblem, integer, layout_of
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
-)  # fmt: skip
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+# What the library calls an argument, and what the user typed.
+_OF_A_PROBLEM = {
+    "lhs": "--lhs", "rhs": "--rhs", "window_strides": "--strides", "padding": "--padding",
+    "lhs_dilation": "--lhs-dilation", "rhs_dilation": "--rhs-dilation", "feature_group_count": "--groups",
+    "dimension_numbers": "--layout",
+}  # fmt: skip
 
 
 @app.callback(invoke_without_command=True)
@@ -42,41 +49,70 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 @app.command()
 def tune(
     file: Annotated[
-        Path | None, typer.Argument(help="Problems: a JSON list of rows in oneDNN's letters, or an export.")
+        Path | None,
+        typer.Argument(metavar="FILE", help="Problems: a JSON list of rows in oneDNN's letters, or an export."),
     ] = None,
-    lhs: Annotated[str | None, typer.Option(help="Sizes of the input, in the order of --layout.")] = None,
-    rhs: Annotated[str | None, typer.Option(help="Sizes of the kernel, in the order of --layout.")] = None,
-    strides: Annotated[str | None, typer.Option(help="One for each spatial axis.  [default: ones]")] = None,
-    padding: Annotated[str, typer.Option(help="SAME, VALID, or low:high for each spatial axis, as 0:1,0:1.")] = "SAME",
+    lhs: Annotated[
+        str | None, typer.Option(metavar="SIZES", help="Sizes of the input, in the order of --layout.")
+    ] = None,
+    rhs: Annotated[
+        str | None, typer.Option(metavar="SIZES", help="Sizes of the kernel, in the order of --layout.")
+    ] = None,
+    strides: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="One for each spatial axis.  [default: ones]")
+    ] = None,
+    padding: Annotated[
+        str,
+        typer.Option(metavar="PADDING", help="SAME, SAME_LOWER, VALID, or low:high for each spatial axis, as 0:1,0:1."),
+    ] = "SAME",
     layout: Annotated[
-        str | None, typer.Option(help="Input, kernel and output, as NCHW,OIHW,NCHW.  [default: channel-last]")
+        str | None,
+        typer.Option(metavar="AXES", help="Of input, kernel and output, as NCHW,OIHW,NCHW.  [default: channel-last]"),
     ] = None,
-    lhs_dilation: Annotated[str | None, typer.Option(help="One for each spatial axis.  [default: ones]")] = None,
-    rhs_dilation: Annotated[str | None, typer.Option(help="One for each spatial axis.  [default: ones]")] = None,
-    groups: Annotated[int, typer.Option(help="Feature groups.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Of input and kernel, and of the rows of FILE.")] = "float32",
-    directions: Annotated[str, typer.Option(help="The convolution, and its two gradients.")] = "forward,input,weight",
-    seconds: Annotated[float, typer.Option(min=0, help="For the runs of one problem.")] = 0.5,
-    again: Annotated[bool, typer.Option("--again", help="Measure what is known already, too.")] = False,
-    merge: Annotated[Path | None, typer.Option(help="First take the measurements of this export.")] = None,
-    export: Annotated[Path | None, typer.Option(help="At the end write all measurements to this file.")] = None,
+    lhs_dilation: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="One for each spatial axis.  [default: ones]")
+    ] = None,
+    rhs_dilation: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="One for each spatial axis.  [default: ones]")
+    ] = None,
+    groups: Annotated[int, typer.Option(metavar="NUMBER", help="Feature groups.")] = 1,
+    dtype: Annotated[
+        str, typer.Option(metavar="NAME", help="Of input and kernel, and of the rows of FILE.")
+    ] = "float32",
+    directions: Annotated[
+        str, typer.Option(metavar="NAMES", help="The convolution itself, and its two gradients.")
+    ] = "forward,input,weight",
+    seconds: Annotated[float, typer.Option(metavar="SECONDS", help="For the runs of one problem.")] = 0.5,
+    again: Annotated[bool, typer.Option("--again", help="Measure also what is known already.")] = False,
+    merge: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="First take the measurements of this export.")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="At the end write all measurements to this file.")
+    ] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure the constants of the estimates on this CPU; goes alone.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Time the algorithms for convolutions on this device, and have the planner use the fastest from now on.
+    """Time the algorithms on this device; plans then take the fastest.
 
-    The times are kept in the user's data directory, or in $JCONV_STORE. What is known is not timed again.
-    The exit code is 1 if an algorithm failed, and 2 for bad input.
+    The times are kept in the user's data directory, or in $JCONV_STORE, and later processes use them, too. What is
+    known is not timed again. The exit code is 1 if an algorithm failed, and 2 for bad input.
 
-    A row of a FILE is {"nd": 2, "mb": 1, "g": 1, "ic": 64, "oc": 64, "deconv": false} with the sizes of each axis: input ih,
-    output oh, kernel kh, stride sh, padding ph and prh, dilation dh from 1; and so iw, ow and the rest.
+    \b
+    A row of a FILE; of the spatial axes d, h, w, the last "nd" have letters:
+      {"nd": 1, "mb": 8, "g": 1, "ic": 64, "oc": 32, "deconv": false,
+       "iw": 56, "ow": 28, "kw": 3, "sw": 2, "pw": 1, "prw": 0, "dw": 1}
+    That is: images, groups, features of input and output, whether transposed;
+    and of each axis input, output, kernel, stride, padding on its two sides,
+    dilation.
 
     \b
     Examples:
       jconv tune --lhs 8,56,56,64 --rhs 3,3,64,64
-      jconv tune --lhs 1,64,28,28 --rhs 64,1,3,3 --layout NCHW,OIHW,NCHW --groups 64 --directions forward
+      jconv tune --lhs 1,64,28,28 --rhs 64,1,3,3 --groups 64 \\
+        --layout NCHW,OIHW,NCHW --directions forward
       jconv tune problems.json --export measured.jsonl
       jconv tune --merge measured.jsonl
       jconv tune --calibrate
@@ -90,22 +126,34 @@ def tune(
             calibration = tuning.calibrate()
             print(calibration.to_json() if as_json else calibration)
             return
+        shape = {
+            "--strides": strides, "--padding": None if padding == "SAME" else padding, "--layout": layout,
+            "--lhs-dilation": lhs_dilation, "--rhs-dilation": rhs_dilation, "--groups": None if groups == 1 else groups,
+        }  # fmt: skip
+        if lhs is None and rhs is None and any(shape.values()):
+            given = ", ".join(name for name, value in shape.items() if value is not None)
+            raise ConvError(f"--lhs and --rhs must be given for {given} to belong to; a row of a FILE has its own")
         problems = []
         if file is not None:
-            problems += tuning.read_problems(file, dtype=dtype, directions=directions.split(","))
+            with _options(path="FILE", dtype="--dtype", directions="--directions"):
+                problems += tuning.read_problems(file, dtype=dtype, directions=directions.split(","))
         if lhs is not None or rhs is not None:
             forward = _problem(lhs, rhs, strides, padding, layout, lhs_dilation, rhs_dilation, groups, dtype)
-            problems += tuning.in_directions(forward, directions.split(","))
+            with _options(directions="--directions"):
+                problems += tuning.in_directions(forward, directions.split(","))
         if not problems and merge is None and export is None:
             what = (
                 "--lhs and --rhs, or a FILE of problems" if file is None else f"a FILE with problems; {file} has none"
             )
             raise ConvError(f"nothing to tune: name {what}")
         if merge is not None:
-            print(f"{tuning.import_measurements(merge)} new records from {merge}", file=sys.stderr)
-        report = tuning.tune_problems(problems, seconds=seconds, again=again)
+            with _options(path="--merge"):
+                print(f"{tuning.import_measurements(merge)} new records from {merge}", file=sys.stderr)
+        with _options(seconds="--seconds"):
+            report = tuning.tune_problems(problems, seconds=seconds, again=again)
         if export is not None:
-            print(f"{tuning.export_measurements(export)} records in {export}", file=sys.stderr)
+            with _options(path="--export"):
+                print(f"{tuning.export_measurements(export)} records in {export}", file=sys.stderr)
     if as_json:
         print(report.to_json())
     elif problems:
@@ -118,6 +166,8 @@ def tune(
 def main() -> None:
     """The entry point of ``jconv``."""
     warnings.showwarning = lambda message, *_: print(f"jconv: {message}", file=sys.stderr)
+    if hasattr(signal, "SIGPIPE"):  # in front of `head` end as any other command does
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     app()
 
 
@@ -131,23 +181,57 @@ def _one_sentence() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+@contextlib.contextmanager
+def _options(**typed: str) -> Iterator[None]:
+    """Errors in the user's words: each argument by what was typed for it, but not what stands in quotes."""
+    try:
+        yield
+    except ConvError as error:
+        names = rf"'[^']*'|\b(?:{'|'.join(typed)})\b"
+        raise ConvError(re.sub(names, lambda found: typed.get(found[0], found[0]), str(error))) from None
+
+
 def _problem(
     lhs: str | None, rhs: str | None, strides: str | None, padding: str, layout: str | None,
     lhs_dilation: str | None, rhs_dilation: str | None, groups: int, dtype: str,
 ) -> ConvProblem:  # fmt: skip
     if lhs is None or rhs is None:
         raise ConvError(f"--lhs and --rhs go together, got only {'--rhs' if lhs is None else '--lhs'}; give both")
-    element = tuning.dtype_of(dtype)
+    with _options(dtype="--dtype"):
+        element = tuning.dtype_of(dtype)
     x, w = (jax.ShapeDtypeStruct(_numbers(name, text, 1), element) for name, text in (("--lhs", lhs), ("--rhs", rhs)))
+    if len(x.shape) != len(w.shape):
+        raise ConvError(f"--lhs and --rhs must have the same number of sizes, got {lhs!r} and {rhs!r}")
     n = len(x.shape) - 2
     if layout is None and n not in tuning.CHANNEL_LAST:
         raise ConvError(f"--lhs must have 3 to 5 sizes, got {lhs!r}; for other ranks give --layout")
-    return ConvProblem.of(
-        x, w, (1,) * n if strides is None else _numbers("--strides", strides, 1), _padding(padding),
-        None if lhs_dilation is None else _numbers("--lhs-dilation", lhs_dilation, 1),
-        None if rhs_dilation is None else _numbers("--rhs-dilation", rhs_dilation, 1),
-        tuning.CHANNEL_LAST[n] if layout is None else tuple(layout.split(",")), groups,
-    )  # fmt: skip
+    axes = tuning.CHANNEL_LAST[n] if layout is None else tuple(layout.split(","))
+    try:
+        layout_of(x.shape, w.shape, axes)
+    except ConvError:
+        raise ConvError(
+            "--layout must be the axes of input, kernel and output, a letter for each of the "
+            f"{n + 2} sizes, as NCHW,OIHW,NCHW for 4, got {layout!r}"
+        ) from None
+    holes = None if lhs_dilation is None else _numbers("--lhs-dilation", lhs_dilation, 1)
+    pads = _padding(padding, n)
+    if isinstance(pads, str) and max(holes or (), default=1) > 1:
+        raise ConvError(
+            f"--padding {pads} has no agreed meaning with --lhs-dilation {lhs_dilation}; "
+            "give low:high for each spatial axis, as 0:1,0:1"
+        )
+    with _options(**_OF_A_PROBLEM):
+        problem = ConvProblem.of(
+            x, w, (1,) * n if strides is None else _numbers("--strides", strides, 1), pads, holes,
+            None if rhs_dilation is None else _numbers("--rhs-dilation", rhs_dilation, 1), axes, groups,
+        )  # fmt: skip
+    if problem.is_empty:
+        window, inside = ("x".join(map(str, sizes)) for sizes in (problem.rhs_extent, problem.padded))
+        raise ConvError(
+            f"nothing to time, since the output is empty: the window, {window} with --rhs-dilation, "
+            f"is larger than the input, {inside} with --padding; give a larger --lhs or --padding"
+        )
+    return problem
 
 
 def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
@@ -158,16 +242,18 @@ def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
     return tuple(integer(option, number, least) for number in numbers)
 
 
-def _padding(text: str) -> str | tuple[tuple[int, int], ...]:
-    if text.replace("_", "").isalpha():
+def _padding(text: str, n: int) -> str | tuple[tuple[int, int], ...]:
+    if text.upper() in ("SAME", "SAME_LOWER", "VALID"):
         return text.upper()
     try:
         pairs = [tuple(int(side) for side in axis.split(":")) for axis in text.split(",")]
-        return tuple((low, high) for low, high in pairs)
+        if len(pairs) == n:
+            return tuple((low, high) for low, high in pairs)
     except ValueError:
-        raise ConvError(
-            f"--padding must be SAME, VALID or low:high for each spatial axis, as 0:1,0:1, got {text!r}"
-        ) from None
+        pass
+    raise ConvError(
+        f"--padding must be SAME, SAME_LOWER, VALID or low:high for each of {n} spatial axes, as 0:1,0:1, got {text!r}"
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod, sqrt
+from types import FunctionType
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -45,6 +46,17 @@ class TransposedLayer(Layer, Protocol):
     """The hyperparameters of one of torch.nn's transposed convolutions."""
 
     output_padding: Any
+
+
+def renamed(method: FunctionType, owner: str) -> FunctionType:
+    """A copy that is ``owner``'s: Python's errors of wrong arguments name the class that defines a method, and the
+    layers of all ranks have theirs from one base."""
+    copy = FunctionType(method.__code__, method.__globals__, method.__name__, method.__defaults__, method.__closure__)
+    for name in ("__kwdefaults__", "__annotations__", "__doc__", "__module__"):
+        setattr(copy, name, getattr(method, name))
+    copy.__dict__.update(method.__dict__)
+    copy.__qualname__ = f"{owner}.{method.__name__}"
+    return copy
 
 
 def check_layer(layer: Layer, in_channels: int) -> None:

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from flax.linen.dtypes import promote_dtype
-from flax.linen.linear import canonicalize_padding
 
 from jconv import lax as jconv_lax
 from jconv import layers
 from jconv.convolve import AlgorithmLike, Autodiff
-from jconv.errors import ConvError
+from jconv.errors import ConvError, needs_flax
+
+with needs_flax("jconv.linen"):
+    from flax import linen as nn
+    from flax.linen.dtypes import promote_dtype
+    from flax.linen.linear import canonicalize_padding
 
 __all__ = [
     "Conv", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d",
 ]  # fmt: skip
 
 
-class _Conv(nn.Module):
+class _Layer(nn.Module):
+    """What gives a layer a ``__call__`` of its own."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if cls.__module__ == __name__ and hasattr(cls, "spatial"):
+            cls.__call__ = layers.renamed(inspect.unwrap(cls.__call__), cls.__name__)  # before Flax wraps it anew
+        super().__init_subclass__(**kwargs)
+
+
+class _Conv(_Layer):
     spatial: ClassVar[int]
     transposed: ClassVar[bool] = False
 
@@ -49,7 +61,7 @@ class _Conv(nn.Module):
         return layers.apply_conv(self, *_operands(self, inputs))
 
 
-class _ConvTranspose(nn.Module):
+class _ConvTranspose(_Layer):
     spatial: ClassVar[int]
     transposed: ClassVar[bool] = True
 

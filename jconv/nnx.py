@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from flax.nnx.nn.dtypes import promote_dtype
-from flax.nnx.nn.linear import canonicalize_padding
 
 from jconv import lax as jconv_lax
 from jconv import layers
 from jconv.convolve import AlgorithmLike, Autodiff
-from jconv.errors import ConvError
+from jconv.errors import ConvError, needs_flax
 from jconv.functional.arguments import padding_pairs, per_axis
 from jconv.functional.nd import SPATIAL
+
+with needs_flax("jconv.nnx"):
+    from flax import nnx
+    from flax.nnx.nn.dtypes import promote_dtype
+    from flax.nnx.nn.linear import canonicalize_padding
 
 __all__ = [
     "Conv", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d",
@@ -32,6 +34,12 @@ class _Layer(nnx.Module):
 
     spatial: ClassVar[int]
     transposed: ClassVar[bool]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        for name in ("__init__", "__call__"):
+            if cls.__module__ == __name__ and name not in vars(cls):
+                setattr(cls, name, layers.renamed(getattr(cls, name), cls.__name__))
+        super().__init_subclass__(**kwargs)
 
     def __init__(
         self, *, in_channels: int, out_channels: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jconv.errors import StateDictError
+from jconv.errors import StateDictError, needs_flax
 
 _KINDS = ("conv", "conv_transpose", "flax_conv_transpose", "linear", "norm", "embedding")
 _CLASSES = {
@@ -51,8 +51,8 @@ def where(slot: Slot) -> str:
 
 
 def is_nnx(target: object) -> bool:
-    from flax import nnx
-
+    with needs_flax("jconv.interop"):
+        from flax import nnx
     return isinstance(target, nnx.Module)
 
 

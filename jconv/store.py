@@ -23,10 +23,12 @@ import jax
 import numpy as np
 from jax import lax
 
-from jconv.device import Constants, Device, device_for, threads
+from jconv import __version__
+from jconv.device import Constants, Device, device_for, threads, workspace_limit
 from jconv.errors import ConvError
 from jconv.problem import ConvProblem, Layout, is_static
 
+# Of the calibrations. A measurement says which jconv took it, and counts for that one only.
 SCHEMA = 1
 
 # An algorithm's nanoseconds, or the reason why it failed when it was timed.
@@ -35,11 +37,14 @@ Pairs = tuple[tuple[str, int | str], ...]
 
 
 class Place(NamedTuple):
-    """Where a time holds: the device's kind, JAX's version, and the CPU's threads (0 on other devices)."""
+    """Where a time holds: the device's kind, the versions of JAX and jconv (whose algorithms change), and on CPU the
+    threads and the workspace limit in bytes (which decides what runs in parts); both are 0 on other devices."""
 
     device: str
     jax: str
+    jconv: str
     threads: int
+    workspace: int
 
 
 class Key(NamedTuple):
@@ -54,7 +59,7 @@ class Store:
 
     def __init__(self, directory: Path | None):
         self.path = None if directory is None else directory / "measurements.jsonl"
-        model = re.sub("[^a-z0-9]+", "-", _cpu_model().lower())[:100]
+        model = re.sub("[^a-z0-9]+", "-", cpu_model().lower())[:100]
         self.calibration = None if directory is None else directory / f"calibration-{model}.json"
         self.constants: Constants | None = None
         self.records: dict[Key, dict[str, int | str]] = {}
@@ -109,7 +114,7 @@ class Store:
         self.constants = constants
         if self.calibration is None:
             return
-        record = {"jconv": SCHEMA, "cpu": _cpu_model(), "constants": constants._asdict()}
+        record = {"jconv": SCHEMA, "cpu": cpu_model(), "constants": constants._asdict()}
         try:
             self.calibration.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self.calibration, f"{json.dumps(record)}\n")
@@ -175,21 +180,13 @@ def key_of(problem: ConvProblem, platform: str) -> Key | None:
     return None if place is None or text is None else Key(place, text)
 
 
-@lru_cache(maxsize=16)
 def here(platform: str) -> Place | None:
     """This process's place on ``platform``, or None where it has no such device."""
-    try:
-        device = jax.local_devices(backend="cpu" if platform == "cpu" else None)[0]
-    except RuntimeError:
+    kind = _kind(platform)
+    if kind is None:
         return None
-    names = {device.platform}
-    if device.platform == "gpu":
-        names.add("rocm" if "rocm" in device.client.platform_version.lower() else "cuda")
-    if platform not in names:
-        return None
-    if platform == "cpu":
-        return Place(f"cpu {_cpu_model()}", jax.__version__, threads())
-    return Place(device.device_kind, jax.__version__, 0)
+    cpu = (threads(), workspace_limit()) if platform == "cpu" else (0, 0)
+    return Place(kind, jax.__version__, __version__, *cpu)
 
 
 def problem_to_json(problem: ConvProblem) -> dict[str, Any]:
@@ -248,7 +245,7 @@ def problem_from_json(data: Any) -> ConvProblem:
 
 def line(key: Key, times: Times) -> str:
     """One record as it stands in a file."""
-    record = {"jconv": SCHEMA, **key.place._asdict(), "problem": json.loads(key.problem), "times": dict(times)}
+    record = {**key.place._asdict(), "problem": json.loads(key.problem), "times": dict(times)}
     return json.dumps(record, separators=(",", ":"))
 
 
@@ -283,26 +280,40 @@ def physical(shape: Any, spec: Any) -> tuple[int, ...]:
 
 
 def _record(data: Any) -> tuple[Key, Times]:
-    device, version, threads, times = data["device"], data["jax"], data["threads"], data["times"]
+    if data["jconv"] == 1 and type(data["jconv"]) is int:  # from before a record knew these two: it counts nowhere
+        data = {**data, "jconv": "", "workspace": 0}
+    place, times = Place(*(data[field] for field in Place._fields)), data["times"]
     sound = (
-        data["jconv"] == SCHEMA
-        and isinstance(device, str)
-        and isinstance(version, str)
-        and type(threads) is int
+        all(isinstance(text, str) for text in place[:3])
+        and all(type(number) is int for number in place[3:])
         and isinstance(data["problem"], dict)
         and isinstance(times, dict)
         and all(isinstance(t, str) or (type(t) is int and t > 0) for t in times.values())
     )
     if not sound:
         raise ValueError("no measurement")
-    return Key(Place(device, version, threads), _canonical(data["problem"])), times
+    return Key(place, _canonical(data["problem"])), times
 
 
 def _constants(data: Any) -> Constants:
     constants = Constants(**data["constants"])
-    if data["jconv"] != SCHEMA or data["cpu"] != _cpu_model() or any(type(c) is not int or c < 1 for c in constants):
+    if data["jconv"] != SCHEMA or data["cpu"] != cpu_model() or any(type(c) is not int or c < 1 for c in constants):
         raise ValueError("no calibration")
     return constants
+
+
+@lru_cache(maxsize=16)
+def _kind(platform: str) -> str | None:
+    try:
+        device = jax.local_devices(backend="cpu" if platform == "cpu" else None)[0]
+    except RuntimeError:
+        return None
+    names = {device.platform}
+    if device.platform == "gpu":
+        names.add("rocm" if "rocm" in device.client.platform_version.lower() else "cuda")
+    if platform not in names:
+        return None
+    return f"cpu {cpu_model()}" if platform == "cpu" else device.device_kind
 
 
 @lru_cache(maxsize=16)
@@ -360,8 +371,8 @@ def _precision_from_json(data: Any) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _cpu_model() -> str:
-    """JAX calls every CPU "cpu"; a home directory may be shared by several kinds."""
+def cpu_model() -> str:
+    """The processor's name. JAX calls every CPU "cpu"; a home directory may be shared by several kinds."""
     with contextlib.suppress(OSError):
         for entry in Path("/proc/cpuinfo").read_text().splitlines():
             name, _, value = entry.partition(":")

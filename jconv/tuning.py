@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +35,7 @@ from jconv.problem import ConvProblem, integer
 
 __all__ = [
     "DIRECTIONS", "Calibration", "Report", "Row", "calibrate", "export_measurements", "import_measurements",
-    "in_directions", "read_problems", "tune", "tune_problems",
+    "in_directions", "problem_of", "read_problems", "tune", "tune_problems",
 ]  # fmt: skip
 
 DIRECTIONS: dict[str, Callable[[ConvProblem], ConvProblem]] = {
@@ -44,6 +45,7 @@ DIRECTIONS: dict[str, Callable[[ConvProblem], ConvProblem]] = {
 }
 CHANNEL_LAST = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 
+_AXES = "dhw"
 _TURNS = 31
 _SAMPLE_NS = 1_000_000
 _MOST_REPEATS = 100
@@ -102,18 +104,28 @@ class Report:
         ]
         return "\n".join([self._title(), *lines, *self._notes()])
 
-    def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.table import Table
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """rich's table; or, where the terminal is narrower, a short one for each problem."""
+        from rich.table import Column, Table
         from rich.text import Text
 
         head, *rows = self._cells()
-        table = Table(title=self._title(), title_justify="left")
-        for index, name in enumerate(head):
-            table.add_column(name, justify="right" if index else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        return Group(table, *map(Text, self._notes()))
+        if sum(3 + max(map(len, column)) for column in zip(head, *rows, strict=True)) < options.max_width:
+            table = Table(title=self._title(), title_justify="left")
+            for index, name in enumerate(head):
+                table.add_column(name, justify="right" if index else "left")
+            for row in rows:
+                table.add_row(*map(Text, row))
+            yield table
+        else:
+            yield Text(self._title())
+            for row in self.rows:
+                table = Table.grid("", Column(justify="right"), "", padding=(0, 0, 0, 2), pad_edge=True)
+                for line in _ranking(row):
+                    table.add_row(*map(Text, line))
+                yield from (Text(), Text(str(row.problem)), table)
+            yield Text()
+        yield from map(Text, self._notes())
 
     def to_json(self) -> str:
         """The report as a JSON object: the place, and a list of rows with times in nanoseconds."""
@@ -345,10 +357,7 @@ def read_problems(
     """The problems of a file.
 
     Args:
-        path: either a JSON list of rows in oneDNN's letters (``nd``, ``mb``, ``g``, ``ic``, ``oc``, ``deconv``, and
-            for each spatial axis d, h, w: ``i`` input, ``o`` output, ``k`` window, ``s`` stride, ``p`` and ``pr`` low
-            and high padding, ``d`` kernel dilation from 1), read channel-last; or a file of
-            :func:`export_measurements`.
+        path: either a JSON list of rows as :func:`problem_of` takes them; or a file of :func:`export_measurements`.
         dtype: of the rows; an export has its own.
         directions: of the rows: ``"forward"``, and the gradients ``"input"`` and ``"weight"``; an export lists
             each apart.
@@ -372,21 +381,72 @@ def read_problems(
         )
     try:
         rows = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConvError(f"path {str(path)!r} starts as a JSON list but is none ({error}); write it anew") from None
     problems = []
     for number, row in enumerate(rows):
         try:
-            forward = _row_problem(row, element)
+            forward = problem_of(row, element)
         except ConvError as error:
             raise ConvError(f"path {str(path)!r}, row {number}: {error}") from None
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise ConvError(
-                f"path {str(path)!r}, row {number}: it must be an object with nd, mb, g, ic, oc, deconv and the sizes of "
-                f"each axis such as ih, oh, kh, sh, ph, prh, dh; got {type(error).__name__} {error}"
-            ) from None
         problems += in_directions(forward, directions)
     return problems
+
+
+def problem_of(row: Any, dtype: np.dtype) -> ConvProblem:
+    """The forward problem of a row in oneDNN's letters, channel-last.
+
+    Args:
+        row: a dict of ``nd`` spatial axes, ``mb`` images, ``g`` groups, ``ic`` and ``oc`` features, ``deconv`` (true for
+            a transposed convolution), and for each spatial axis d, h, w: ``i`` input, ``o`` output, ``k`` window,
+            ``s`` stride, ``p`` and ``pr`` low and high padding, ``d`` kernel dilation from 1. Other entries are ignored.
+        dtype: of both operands.
+
+    Raises:
+        ConvError: for a row that lacks a letter or whose letters contradict each other.
+
+    >>> row = dict(nd=1, mb=1, g=1, ic=4, oc=8, deconv=True, iw=9, ow=18, kw=4, sw=2, pw=1, prw=1, dw=1)
+    >>> problem_of(row, np.dtype(np.float32)).output_shape
+    (1, 8, 18)
+    """
+    if not isinstance(row, dict):
+        raise ConvError(
+            f"it must be an object with nd, mb, g, ic, oc, deconv and the letters of each axis, got {str(row)[:80]}"
+        )
+    if "nd" not in row:
+        raise ConvError("it lacks nd, the number of spatial axes, which must be 1, 2 or 3")
+    n = integer("nd", row["nd"], 1)
+    if n not in CHANNEL_LAST:
+        raise ConvError(f"nd must be 1, 2 or 3, got {n}")
+    axes = _AXES[-n:]
+    of_axes = [f"{letter}{axis}" for axis in axes for letter in ("i", "o", "k", "s", "p", "pr", "d")]
+    missing = [name for name in ("mb", "g", "ic", "oc", "deconv", *of_axes) if name not in row]
+    if missing:
+        raise ConvError(f"it lacks {', '.join(missing)}, which a row of nd {n} must have")
+
+    def along(letter: str, least: int) -> list[int]:
+        return [integer(f"{letter}{axis}", row[f"{letter}{axis}"], least) for axis in axes]
+
+    size, out, window, stride, holes = (along(letter, 1) for letter in "ioksd")
+    pads = list(zip(along("p", -(1 << 31)), along("pr", -(1 << 31)), strict=True))
+    batch, groups, features, out_features = (integer(name, row[name], 1) for name in ("mb", "g", "ic", "oc"))
+    deconv, layout = row["deconv"], CHANNEL_LAST[n]
+    if not isinstance(deconv, bool):
+        raise ConvError(f"deconv must be true or false, got {deconv!r}")
+    if features % groups or out_features % groups:
+        raise ConvError(f"g must divide ic and oc, got g {groups} for ic {features} and oc {out_features}")
+    reach = [(k - 1) * d for k, d in zip(window, holes, strict=True)]
+    for axis, i, o, r, s, (low, high) in zip(axes, size, out, reach, stride, pads, strict=True):
+        follows = (i - 1) * s + r + 1 - low - high if deconv else (i + low + high - r - 1) // s + 1
+        if o != follows:
+            given = ", ".join(f"{letter}{axis} {row[f'{letter}{axis}']}" for letter in ("i", "k", "s", "p", "pr", "d"))
+            raise ConvError(f"o{axis} is {o}, but {max(0, follows)} follows from {given}; correct one of them")
+    lhs = jax.ShapeDtypeStruct((batch, *size, features), dtype)
+    rhs = jax.ShapeDtypeStruct((*window, features // groups, out_features), dtype)
+    if not deconv:
+        return ConvProblem.of(lhs, rhs, stride, pads, None, holes, layout, groups)
+    pads = [(r - low, r - high) for r, (low, high) in zip(reach, pads, strict=True)]
+    return ConvProblem.of(lhs, rhs, (1,) * n, pads, stride, holes, layout, groups)
 
 
 def in_directions(forward: ConvProblem, directions: Sequence[str]) -> list[ConvProblem]:
@@ -571,6 +631,16 @@ def dtype_of(name: str) -> np.dtype:
     return dtype
 
 
+def _ranking(row: Row) -> Iterator[tuple[str, str, str]]:
+    """The algorithms of one problem, the fastest first: name, time and what is to be said of it."""
+    times: dict[str, int | str | None] = {row.winner: None, row.model: None, **row.times}
+    for name, found in sorted(times.items(), key=lambda item: item[1] if isinstance(item[1], int) else math.inf):
+        notes = ["fastest"] if name == row.winner else []
+        if name == row.winner != "xla" and row.speedup is not None:
+            notes.append(f"{row.speedup:.2f} times xla's speed")
+        yield name, _milliseconds(found), ", ".join([*notes, *(["by the model"] if name == row.model else [])])
+
+
 def _milliseconds(found: int | str | None) -> str:
     if isinstance(found, int):
         return f"{found / 1e6:.3g}"
@@ -588,30 +658,6 @@ def _records(path: Path, content: bytes) -> list[tuple[store.Key, store.Times]]:
     good, bad = store.parse(content)
     if bad:
         raise ConvError(
-            f"path {str(path)!r} is no whole file of measurements: line {bad[0]} is no record of schema {store.SCHEMA}; "
-            "export it anew"
+            f"path {str(path)!r} is no whole file of measurements: line {bad[0]} is no record; export it anew"
         )
     return good
-
-
-def _row_problem(row: dict[str, Any], dtype: np.dtype) -> ConvProblem:
-    """The forward problem of a row in oneDNN's letters; ``deconv`` rows are transposed convolutions."""
-    if row["nd"] not in CHANNEL_LAST:
-        raise ConvError(f"nd must be 1, 2 or 3, got {row['nd']!r}")
-    n, layout = row["nd"], CHANNEL_LAST[row["nd"]]
-
-    def along(letter: str, least: int) -> list[int]:
-        return [integer(f"{letter}{axis}", row[f"{letter}{axis}"], least) for axis in "dhw"[3 - n :]]
-
-    size, out, window, stride, holes = (along(letter, 1) for letter in "ioksd")
-    pads = list(zip(along("p", -(1 << 31)), along("pr", -(1 << 31)), strict=True))
-    batch, groups, features, out_features = (integer(name, row[name], 1) for name in ("mb", "g", "ic", "oc"))
-    lhs = jax.ShapeDtypeStruct((batch, *size, features), dtype)
-    rhs = jax.ShapeDtypeStruct((*window, features // groups, out_features), dtype)
-    if not row["deconv"]:
-        return ConvProblem.of(lhs, rhs, stride, pads, None, holes, layout, groups)
-    pads = [
-        ((k - 1) * d - low, o - 1 - (i - 1) * s + low)
-        for k, d, (low, _), o, i, s in zip(window, holes, pads, out, size, stride, strict=True)
-    ]
-    return ConvProblem.of(lhs, rhs, (1,) * n, pads, stride, holes, layout, groups)

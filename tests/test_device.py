@@ -134,7 +134,7 @@ def test_a_stored_calibration_changes_the_plan_at_once_and_in_the_next_process()
     assert not list(file().parent.glob("*.part"))
 
 
-GOOD = {"jconv": store.SCHEMA, "cpu": store._cpu_model(), "constants": OTHERS._asdict()}
+GOOD = {"jconv": store.SCHEMA, "cpu": store.cpu_model(), "constants": OTHERS._asdict()}
 BAD = {
     "png": b"\x89PNG\r\n\x1a\n\x00\xff",
     "empty": b"",

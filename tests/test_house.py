@@ -134,6 +134,39 @@ else:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.parametrize(
+    "who, use",
+    [
+        ("jconv.nnx", "jconv.nnx"),
+        ("jconv.nnx", "import jconv.nnx"),
+        ("jconv.linen", "from jconv.linen import Conv2d"),
+        ("jconv.interop", "jconv.interop.load_torch({'kernel': np.zeros((3, 2))}, {'weight': np.zeros((2, 3))})"),
+        ("jconv.interop", "jconv.interop.to_torch({'kernel': np.zeros((3, 2))})"),
+    ],
+)
+def test_without_flax_a_sentence_says_who_needs_it(who, use):
+    code = f"""
+import sys
+import numpy as np
+import jconv
+
+class NoFlax:
+    def find_spec(self, name, path=None, target=None):
+        if name == "flax":
+            raise ModuleNotFoundError("No module named 'flax'", name=name)
+
+sys.meta_path.insert(0, NoFlax())
+try:
+    {use}
+except ImportError as error:
+    assert str(error) == "{who} needs Flax, which is not installed; pip install flax", error
+else:
+    raise SystemExit("no ImportError")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_docstring_examples():
     """Every `>>>` in the package, in a fresh process with JAX's defaults."""
     code = f"""

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import reference
 from cases import CASES, Case
-from tolerances import assert_close, bfloat16
+from tolerances import TOLERANCES, assert_close, bfloat16
 
 import jconv
 from jconv import ALGORITHMS
 from jconv.adjoint import input_problem, weight_problem
 from jconv.algorithms.exchanged import Exchanged, exchanged, worth_exchanging
 from jconv.algorithms.tiling import InParts, within
+from jconv.algorithms.widened import Widened
 from jconv.convolve import input_gradient, weight_gradient
 from jconv.device import device_for
 from jconv.planner import plan
@@ -143,6 +144,28 @@ def test_involution(case):
     problem = case.problem()
     assert input_problem(input_problem(problem)) == reference.trimmed(problem)
     assert weight_problem(weight_problem(problem)) == reference.trimmed(problem)
+
+
+@pytest.mark.parametrize("dtype", (bfloat16, np.float16), ids=name_of)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in FIRST_OF_ROLE and c.rank == 2], ids=lambda c: c.name)
+def test_widened(case, dtype):
+    """In 32 bits and rounded once, 16-bit floats come out at least as near to the exact sum as lax's."""
+    problem = case.problem(dtype)
+    lhs, rhs = case.operands(dtype)
+    exact = reference.convolve(problem, lhs, rhs)
+    if exact.size == 0:
+        return
+
+    def error(out):
+        assert out.dtype == np.dtype(dtype)
+        return np.abs(np.asarray(out, np.float64) - exact).max() / max(np.abs(exact).max(), 1e-30)
+
+    laxs = error(jax.lax.conv_general_dilated(lhs, rhs, **case.arguments))
+    for name in ("im2col", "fold"):
+        way = Widened(next(a for a in ALGORITHMS if a.name == name))
+        if way.why_not(problem) is None:
+            ours = error(jax.jit(lambda lhs, rhs, way=way: way.run(problem, lhs, rhs))(lhs, rhs))
+            assert ours <= laxs + TOLERANCES[name, "float32"], (name, ours, laxs)
 
 
 @each_case

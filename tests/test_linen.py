@@ -352,3 +352,25 @@ def test_drop_in_reads_flaxs_checkpoint():
     assert not np.allclose(ours.apply(fresh, x), theirs.apply(saved, x), atol=1e-3)
     assert flax.serialization.to_bytes(restored) == checkpoint
     assert_equal_trees(ours.init(jax.random.key(1), x), saved)
+
+
+@pytest.mark.parametrize("name", jconv.linen.__all__)
+def test_wrong_arguments_name_the_layer(name):
+    """Not the private base that has the signature; and a user's subclass may call it."""
+    cls = getattr(jconv.linen, name)
+    with pytest.raises(TypeError, match=rf"^{name}\.__init__\(\) missing 2 required positional arguments"):
+        cls()
+    with pytest.raises(TypeError, match=rf"^{name}\.__init__\(\) got an unexpected keyword argument 'nonsense'"):
+        cls(2, (3,), nonsense=3)
+    if name[-1] == "d":
+        with pytest.raises(TypeError, match=rf"^{name}\.__call__\(\) missing 1 required positional argument: 'inputs'"):
+            cls(2, 3).init(KEY)
+
+        class Mine(cls):
+            @nn.compact
+            def __call__(self, inputs):
+                return super().__call__(2 * inputs)
+
+        x = jnp.ones((1, *SIZES[: cls.spatial], 2))
+        y, variables = Mine(2, 3).init_with_output(KEY, x)
+        np.testing.assert_array_equal(y, cls(2, 3).apply(variables, 2 * x))

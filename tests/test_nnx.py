@@ -619,3 +619,18 @@ def test_drop_in_reads_flaxs_checkpoint():
     nnx.update(ours, state)
     close(ours(x), theirs(x), 1e-5)
     assert flax.serialization.to_bytes(nnx.to_pure_dict(nnx.state(ours))) == checkpoint
+
+
+@pytest.mark.parametrize("name", jconv.nnx.__all__)
+def test_wrong_arguments_name_the_layer(name):
+    """Not the private base that has the signature; nor does a subclass of a user's lose it."""
+    cls = getattr(jconv.nnx, name)
+    with pytest.raises(TypeError, match=rf"^{name}\.__init__\(\) missing 3 required positional arguments"):
+        cls()
+    with pytest.raises(TypeError, match=rf"^{name}\.__init__\(\) got an unexpected keyword argument 'nonsense'"):
+        cls(1, 2, (3,), nonsense=3, rngs=nnx.Rngs(0))
+    if name[-1] == "d":
+        layer = type("Mine", (cls,), {})(1, 2, 3, rngs=nnx.Rngs(0))
+        with pytest.raises(TypeError, match=rf"^{name}\.__call__\(\) missing 1 required positional argument: 'inputs'"):
+            layer()
+        assert inspect.signature(cls.__init__) == inspect.signature(jconv.nnx.Conv1d.__init__) or "Transpose" in name

@@ -1,9 +1,11 @@
 """Measured plans: what is stored, what survives, what the planner makes of it. No test depends on a real time."""
 
+import contextlib
 import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -19,7 +21,7 @@ from jax import export, lax
 from typer.testing import CliRunner
 
 import jconv
-from jconv import ConvError, ConvProblem, planner, store, tuning
+from jconv import ConvError, ConvProblem, device, planner, store, tuning
 from jconv.adjoint import input_problem, weight_problem
 from jconv.cli import app
 from jconv.planner import plan
@@ -107,7 +109,9 @@ def test_a_measured_algorithm_that_is_not_admitted_does_not_win():
 
 def test_measurements_beat_the_vendors_default_on_their_own_platform_only(monkeypatch):
     here = store.here("cpu")
-    monkeypatch.setattr(store, "here", lambda platform: {"cpu": here, "cuda": store.Place("H", "1", 0)}.get(platform))
+    monkeypatch.setattr(
+        store, "here", lambda platform: {"cpu": here, "cuda": store.Place("H", "1", "1", 0, 0)}.get(platform)
+    )
     remember(DENSE, "cuda", im2col=1, xla=2)
     assert chosen(DENSE, "cuda") == "im2col"
     assert {chosen(DENSE, other) for other in ("rocm", "tpu", "default")} == {"xla"}
@@ -158,11 +162,29 @@ def test_keys_tell_problems_apart(name):
     assert store.measured(DENSE, "cpu") and not store.measured(KEYS[name], "cpu")
 
 
-@pytest.mark.parametrize("field, value", [("device", "cpu of another make"), ("jax", "0.0.1"), ("threads", 99)])
+@pytest.mark.parametrize(
+    "field, value",
+    [("device", "cpu of another make"), ("jax", "0.0.1"), ("jconv", "0.0.1"), ("threads", 99), ("workspace", 1)],
+)
 def test_keys_tell_places_apart(monkeypatch, field, value):
     remember(DENSE, xla=1, im2col=2)
     elsewhere = store.here("cpu")._replace(**{field: value})
     monkeypatch.setattr(store, "here", lambda platform: elsewhere)
+    assert not store.measured(DENSE, "cpu")
+
+
+def test_a_time_counts_under_its_workspace_limit_only(monkeypatch):
+    """In parts, or refused, is an algorithm of another speed."""
+    remember(DENSE, xla=1, im2col=2)
+    with monkeypatch.context() as wider:
+        wider.setattr(device, "_limit", 2 * jconv.workspace_limit())
+        assert not store.measured(DENSE, "cpu")
+    assert store.measured(DENSE, "cpu")
+
+
+def test_a_time_counts_for_the_jconv_that_measured_it_only(monkeypatch):
+    remember(DENSE, xla=1, im2col=2)
+    monkeypatch.setattr(store, "__version__", "99.0")
     assert not store.measured(DENSE, "cpu")
 
 
@@ -220,7 +242,7 @@ def test_concurrent_writers_lose_nothing(folder):
     code = """
 import sys
 from jconv import store
-place = store.Place("d", "j", 1)
+place = store.Place("d", "j", "v", 1, 1)
 for n in range(200):
     store.store().add([(store.Key(place, '{"writer":%s,"n":%d}' % (sys.argv[1], n)), {"xla": 1 + n, "im2col": "x" * 500})])
 """
@@ -269,9 +291,27 @@ def test_a_foreign_file_is_kept_and_named_once(folder, content):
         assert store.measured(DENSE, "cpu")
 
 
+def test_an_old_record_counts_nowhere_and_is_kept(folder, tmp_path):
+    """Records once did not say which jconv took them, nor under which limit; their problems can be tuned anew."""
+    remember(DENSE, xla=1, im2col=2)
+    file = folder / "measurements.jsonl"
+    record = json.loads(file.read_text())
+    del record["workspace"]
+    file.write_text(json.dumps(record | {"jconv": 1}) + "\n")
+    forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not store.measured(DENSE, "cpu")
+        remember(weight_problem(DENSE), xla=1, im2col=2)
+        assert tuning.import_measurements(file) == 0
+        assert tuning.read_problems(file) == [DENSE, weight_problem(DENSE)]
+        assert tuning.export_measurements(tmp_path / "all.jsonl") == 2
+        assert len(tuning.read_problems(tmp_path / "all.jsonl")) == 2
+
+
 @pytest.mark.parametrize(
     "damage",
-    [{"times": {"xla": -1}}, {"times": {"xla": True}}, {"times": 3}, {"threads": "2"}, {"problem": "p"}, {"jconv": 2}, {"device": 1}],
+    [{"times": {"xla": -1}}, {"times": {"xla": True}}, {"times": 3}, {"threads": "2"}, {"problem": "p"}, {"jconv": 2}, {"jconv": True}, {"device": 1}, {"workspace": "32 MiB"}],
     ids=str,
 )  # fmt: skip
 def test_a_record_of_another_form_is_no_record(damage):
@@ -347,7 +387,7 @@ def test_a_file_that_is_no_export_is_refused_whole(tmp_path, monkeypatch, conten
     tuning.export_measurements(path)
     path.write_bytes(path.read_bytes() + content)
     monkeypatch.setenv("JCONV_STORE", str(tmp_path / "elsewhere"))
-    with pytest.raises(ConvError, match="bad.jsonl' is no whole file of measurements: line 2 is no record of schema 1"):
+    with pytest.raises(ConvError, match="bad.jsonl' is no whole file of measurements: line 2 is no record"):
         tuning.import_measurements(path)
     assert not store.store().records
 
@@ -576,6 +616,24 @@ def test_a_report_in_json_and_in_rich():
     assert "im2col" in out.file.getvalue() and "2.00" in out.file.getvalue()
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_report_wider_than_the_terminal_goes_by_problem(width):
+    import io
+
+    from rich.console import Console
+
+    able = admitted(DENSE)
+    remember(DENSE, **dict.fromkeys(able, 4000) | {"im2col": 2000, "fold": "RuntimeError: broke"})
+    report = jconv.tune(conv, X, W)
+    out = Console(file=io.StringIO(), width=width)
+    out.print(report)
+    shown = out.file.getvalue().splitlines()
+    assert max(map(len, shown)) <= width
+    rows = [line.split(maxsplit=2) for line in shown if line.startswith("  ")]
+    assert rows[0] == ["im2col", "0.002", "fastest, 2.00 times xla's speed"]
+    assert rows[-1] == ["fold", "failed"] and {row[0] for row in rows} == able
+
+
 def test_without_rich_tune_and_its_report_are_plain():
     code = """
 import sys
@@ -648,14 +706,52 @@ BAD = {
     "letters": (["tune", "--lhs", "1,8,x,3", "--rhs", "3,3,3,4"], "--lhs must be integers"),
     "a zero": (["tune", "--lhs", "1,8,0,3", "--rhs", "3,3,3,4"], "--lhs must be at least 1, got 0"),
     "ranks": (["tune", "--lhs", "1,8", "--rhs", "3,4"], "--lhs must have 3 to 5 sizes"),
-    "features": (["tune", "--lhs", "1,8,8,3", "--rhs", "3,3,5,4"], "rhs needs 3 input features, got 5"),
-    "padding": (["tune", *PROBLEM, "--padding", "1"], "--padding must be SAME, VALID or low:high"),
-    "padding's name": (["tune", *PROBLEM, "--padding", "full"], "padding must be 'SAME'"),
-    "dtype": (["tune", *PROBLEM, "--dtype", "floot"], "dtype must be the name of a number's dtype"),
-    "no number": (["tune", *PROBLEM, "--dtype", "object"], "dtype must be the name of a number's dtype"),
-    "direction": (["tune", *PROBLEM, "--directions", "back"], "directions must be of forward, input, weight"),
-    "no file": (["tune", "missing.json"], "missing.json' cannot be read"),
-    "no export": (["tune", "--merge", "missing.jsonl"], "missing.jsonl' cannot be read"),
+    "features": (
+        ["tune", "--lhs", "1,8,8,3", "--rhs", "3,3,5,4"],
+        "--lhs has 3 features in 1 group(s), so --rhs needs 3",
+    ),
+    "padding": (["tune", *PROBLEM, "--padding", "1"], "--padding must be SAME, SAME_LOWER, VALID or low:high"),
+    "padding's name": (["tune", *PROBLEM, "--padding", "full"], "--padding must be SAME, SAME_LOWER, VALID or low"),
+    "a pair too few": (
+        ["tune", *PROBLEM, "--padding", "0:1"],
+        "low:high for each of 2 spatial axes, as 0:1,0:1, got '0:1'",
+    ),
+    "too much padding": (
+        ["tune", *PROBLEM, "--padding=-9:0,0:0"],
+        "--padding (-9, 0) takes more than spatial axis 0 has",
+    ),
+    "padding of holes": (
+        ["tune", *PROBLEM, "--lhs-dilation", "2,2"],
+        "--padding SAME has no agreed meaning with --lhs-dilation 2,2",
+    ),
+    "strides": (["tune", *PROBLEM, "--strides", "1,1,1"], "--strides has 3 entries"),
+    "dilation": (["tune", *PROBLEM, "--rhs-dilation", "1"], "--rhs-dilation has 1 entries"),
+    "no groups": (["tune", *PROBLEM, "--groups", "0"], "--groups must be at least 1, got 0"),
+    "groups": (["tune", *PROBLEM, "--groups", "2"], "--groups must divide the features of --lhs, got 2"),
+    "layout": (["tune", *PROBLEM, "--layout", "NHWC,HWIO"], "--layout must be the axes of input, kernel and output"),
+    "another layout": (["tune", *PROBLEM, "--layout", "NCHW,OIHW,NCHW"], "check --layout and --groups"),
+    "empty": (
+        ["tune", "--lhs", "1,3,3,3", "--rhs", "5,5,3,4", "--padding", "VALID"],
+        "the output is empty: the window, 5x5",
+    ),
+    "unequal ranks": (
+        ["tune", "--lhs", "1,8,3", "--rhs", "3,3,3,4"],
+        "--lhs and --rhs must have the same number of sizes",
+    ),
+    "no problem for it": (
+        ["tune", "some.json", "--strides", "2,2"],
+        "--lhs and --rhs must be given for --strides to belong to",
+    ),
+    "seconds": (["tune", *PROBLEM[:-2], "--seconds", "-1"], "--seconds must be a number of at least 0, got -1.0"),
+    "nowhere": (
+        ["tune", *PROBLEM, "--directions", "forward", "--export", "/no/where"],
+        "--export '/no/where' cannot be written",
+    ),
+    "dtype": (["tune", *PROBLEM, "--dtype", "floot"], "--dtype must be the name of a number's dtype"),
+    "no number": (["tune", *PROBLEM, "--dtype", "object"], "--dtype must be the name of a number's dtype"),
+    "direction": (["tune", *PROBLEM, "--directions", "back"], "--directions must be of forward, input, weight"),
+    "no file": (["tune", "missing.json"], "FILE 'missing.json' cannot be read"),
+    "no export": (["tune", "--merge", "missing.jsonl"], "--merge 'missing.jsonl' cannot be read"),
     "an option": (["tune", "--nonsense"], "No such option"),
     "a command": (["nonsense"], "No such command"),
 }
@@ -673,9 +769,18 @@ def test_bad_input_is_a_sentence_and_exit_code_2(name):
     [
         ("[", "starts as a JSON list but is none"),
         ("[3]", "row 0: it must be an object with nd"),
-        ("[{}]", "row 0: it must be an object with nd.* KeyError 'nd'"),
+        ("[" * 100_000, "starts as a JSON list but is none"),
+        ("[{}]", "row 0: it lacks nd, the number of spatial axes"),
+        (
+            json.dumps([ROW, {k: v for k, v in ROW.items() if k not in ("g", "prw")}]),
+            "FILE .*row 1: it lacks g, prw, which",
+        ),
+        (json.dumps([ROW, {**ROW, "ow": 8}]), "row 1: ow is 8, but 9 follows from iw 9, kw 3, sw 1, pw 1, prw 1, dw 1"),
+        (json.dumps([{**ROW, "kw": 13, "ow": 1}]), "row 0: ow is 1, but 0 follows"),
+        (json.dumps([{**ROW, "deconv": True, "sw": 2, "ow": 18}]), "row 0: ow is 18, but 17 follows"),
+        (json.dumps([{**ROW, "deconv": "false"}]), "row 0: deconv must be true or false, got 'false'"),
         (json.dumps([ROW, {**ROW, "ic": 0}]), "row 1: ic must be at least 1"),
-        (json.dumps([{**ROW, "g": 3}]), "row 0: feature_group_count must divide"),
+        (json.dumps([{**ROW, "g": 3}]), "row 0: g must divide ic and oc, got g 3 for ic 4 and oc 8"),
         (json.dumps([{**ROW, "nd": 4}]), "nd must be 1, 2 or 3"),
         (json.dumps([{**ROW, "kw": "3"}]), "kw must be an integer"),
         ("[]", "has none"),
@@ -709,6 +814,65 @@ def test_version_and_help():
     assert f"jconv {jconv.__version__}" in run("--version").stdout
     text = run("tune", "--help").stdout
     assert "jconv tune --lhs 8,56,56,64 --rhs 3,3,64,64\n" in text and "Examples" in text
+    row = json.loads(re.search(r'{"nd".*?}', text, re.S)[0])
+    assert tuning.problem_of(row, np.dtype(np.float32)).output_shape == (8, 32, 28)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["tune", "--help"]])
+def test_help_fits_a_terminal(arguments):
+    text = CliRunner().invoke(app, arguments, terminal_width=80, env={"COLUMNS": "80"}).stdout
+    assert max(map(len, text.splitlines())) <= 80 and "plans then take the fastest.\n" in text
+
+
+def command(*arguments, **more):
+    """The command in a process of its own."""
+    code = "import sys; sys.argv[0] = 'jconv'; from jconv.cli import main; main()"
+    env = {**os.environ, **more.pop("env", {})}
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT, env=env, **more)
+
+
+def test_the_shell_completes():
+    env = {"_JCONV_COMPLETE": "complete_bash", "COMP_WORDS": "jconv tune --lh", "COMP_CWORD": "2"}
+    out, _ = command(env=env, stdout=subprocess.PIPE, text=True).communicate()
+    assert out.split() == ["--lhs", "--lhs-dilation"]
+
+
+def test_an_unknown_option_is_exit_code_2():
+    done = command("tune", "--nonsense", stderr=subprocess.PIPE, text=True)
+    assert "No such option: --nonsense" in done.communicate()[1] and done.returncode == 2
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="a closed pipe is another thing here")
+@pytest.mark.parametrize("arguments", [["--help"], ["tune", *PROBLEM, "--directions", "forward"]], ids=len)
+def test_a_closed_pipe_ends_it_quietly(folder, arguments):
+    done = command(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done.stdout.close()
+    assert done.stderr.read() == "" and done.wait() == -signal.SIGPIPE
+    assert arguments == ["--help"] or len(lines(folder)) == 1, "the times are stored before they are shown"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such terminals")
+def test_in_a_terminal_there_is_a_bar_and_a_table_that_fits():
+    """And colours, unless NO_COLOR asks for none. Where output goes elsewhere, nothing but the report is written."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    env = {"COLUMNS": "80", "TERM": "xterm-256color", "NO_COLOR": "1"}
+    process = command("tune", *PROBLEM, stdout=theirs, stderr=theirs, env=env)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other side is closed
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "tuning" in text and not re.search(r"\x1b\[(3|4|9|10)[0-9]", text)
+    report = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.rpartition("tuning")[2]).splitlines()
+    assert max(map(len, report)) <= 80 and "fastest" in text
+    process = command("tune", *PROBLEM, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    out, errors = process.communicate()
+    assert b"3 of 3" in out and b"\x1b" not in out and not errors
 
 
 def test_without_typer_the_command_names_the_remedy():
