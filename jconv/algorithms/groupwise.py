@@ -13,6 +13,8 @@ from jconv.algorithms.base import Accuracy, Algorithm, Cost, refuse_unsized
 from jconv.device import Device
 from jconv.problem import ConvProblem
 
+_LANES = 16  # features of a cache line
+
 
 @dataclass(frozen=True)
 class Groupwise:
@@ -31,9 +33,12 @@ class Groupwise:
         return refuse_unsized(problem) or self.inner.why_not(_group(problem))
 
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
-        one, groups = self.inner.cost(_group(problem), device), problem.groups
+        group, groups = _group(problem), problem.groups
+        one = self.inner.cost(group, device)
+        width = min(group.lhs_shape[0 if problem.is_weight_gradient else 1], group.rhs_shape[0])
+        sliced = max(2, 2 * _LANES // width)  # a slice of few features touches the cache lines of all
         return Cost(
-            one.flops * groups, one.bytes * groups * 2, one.workspace, one.efficiency, one.unit,
+            one.flops * groups, one.bytes * groups * sliced, one.workspace, one.efficiency, one.unit,
             (one.kernels + (12 if problem.is_weight_gradient else 4)) * groups, one.threads,
         )  # fmt: skip
 
