@@ -148,7 +148,8 @@ def _lax_type(lhs: Any, rhs: Any, problem: ConvProblem) -> Any:
     return jax.make_jaxpr(functools.partial(lax_convolution, problem))(lhs, rhs).out_avals[0]
 
 
-def _lower(ctx: Any, lhs: Any, rhs: Any, *, problem: ConvProblem, wish: Algorithm | None, platform: str) -> Any:
+def lower(ctx: Any, lhs: Any, rhs: Any, *, problem: ConvProblem, wish: Algorithm | None, platform: str) -> Any:
+    """The lowering rule: the planner's choice for the platform, emitted as an inner jit."""
     # Algorithms are traced without the shardings of an explicit mesh: the partitioner places them.
     ctx = ctx.replace(avals_in=[_unsharded(aval) for aval in ctx.avals_in])
     problem = problem.replace(out_sharding=None)
@@ -175,8 +176,8 @@ def _runner(algorithm: Algorithm, problem: ConvProblem) -> Callable[[jax.Array, 
 
 
 for _platform in _PLATFORMS:
-    mlir.register_lowering(conv_p, functools.partial(_lower, platform=_platform), platform=_platform)
-mlir.register_lowering(conv_p, functools.partial(_lower, platform="default"))
+    mlir.register_lowering(conv_p, functools.partial(lower, platform=_platform), platform=_platform)
+mlir.register_lowering(conv_p, functools.partial(lower, platform="default"))
 
 
 def _transpose_lhs(grad: Any, lhs: Any, rhs: Any, *, problem: ConvProblem, wish: Algorithm | None) -> Any:
