@@ -148,13 +148,17 @@ def _lax_type(lhs: Any, rhs: Any, problem: ConvProblem) -> Any:
     return jax.make_jaxpr(functools.partial(lax_convolution, problem))(lhs, rhs).out_avals[0]
 
 
-def lower(ctx: Any, lhs: Any, rhs: Any, *, problem: ConvProblem, wish: Algorithm | None, platform: str) -> Any:
-    """The lowering rule: the planner's choice for the platform, emitted as an inner jit."""
+def _lower(ctx: Any, lhs: Any, rhs: Any, *, problem: ConvProblem, wish: Algorithm | None, platform: str) -> Any:
     # Algorithms are traced without the shardings of an explicit mesh: the partitioner places them.
     ctx = ctx.replace(avals_in=[_unsharded(aval) for aval in ctx.avals_in])
     problem = problem.replace(out_sharding=None)
     chosen = choose(problem, wish, platform)
     return mlir.lower_fun(_runner(chosen, problem), multiple_results=False)(ctx, lhs, rhs)
+
+
+def run_algorithm(run: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
+    """``jconv.install`` has another in its place, so that a lax convolution of an algorithm's stays lax's."""
+    return run(*operands)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -163,7 +167,7 @@ def _runner(algorithm: Algorithm, problem: ConvProblem) -> Callable[[jax.Array, 
 
     def run(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         with jax.named_scope(f"jconv.{algorithm.name}"):
-            out = algorithm.run(problem, lhs, rhs)
+            out = run_algorithm(functools.partial(algorithm.run, problem), lhs, rhs)
         if out.shape != problem.physical_output_shape or out.dtype != problem.out_dtype:
             raise AlgorithmError(
                 f"algorithm {algorithm.name!r} gave {out.dtype}{list(out.shape)}, but the convolution's result is "
@@ -176,8 +180,8 @@ def _runner(algorithm: Algorithm, problem: ConvProblem) -> Callable[[jax.Array, 
 
 
 for _platform in _PLATFORMS:
-    mlir.register_lowering(conv_p, functools.partial(lower, platform=_platform), platform=_platform)
-mlir.register_lowering(conv_p, functools.partial(lower, platform="default"))
+    mlir.register_lowering(conv_p, functools.partial(_lower, platform=_platform), platform=_platform)
+mlir.register_lowering(conv_p, functools.partial(_lower, platform="default"))
 
 
 def _transpose_lhs(grad: Any, lhs: Any, rhs: Any, *, problem: ConvProblem, wish: Algorithm | None) -> Any:

@@ -20,16 +20,18 @@ from weakref import WeakKeyDictionary
 
 import jax
 from jax import lax
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import linear_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, jaxpr_as_fun
 from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, remat_p
-from jax.interpreters import ad, mlir
+from jax.interpreters import ad, batching, mlir
 
+from jconv import convolve
 from jconv.algorithms.base import Algorithm
-from jconv.convolve import AlgorithmLike, conv_p, lower
+from jconv.convolve import AlgorithmLike, conv_p
 from jconv.errors import ConvError, ConvTypeError
-from jconv.planner import choose, named
+from jconv.planner import named
 from jconv.problem import ConvProblem
 
 Numbers = int | Sequence[int] | None
@@ -84,7 +86,10 @@ def accelerate(
         "donate_argnums": _numbers(donate_argnums),
         "donate_argnames": _names(donate_argnames),
     }
-    return _Accelerated(fn, wish, {name: value for name, value in settings.items() if value is not None})
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if isinstance(fn, _Accelerated):
+        return _Accelerated(fn._fn, fn._wish, _merged(fn._settings, settings))
+    return _Accelerated(fn, wish, settings)
 
 
 class _Accelerated:
@@ -99,7 +104,7 @@ class _Accelerated:
         fn, settings = self._fn, self._settings
         if _is_jitted(fn):
             fn, settings = fn.__wrapped__, _merged(_settings_of(fn), settings)  # pyright: ignore[reportFunctionMemberAccess]
-        return jax.jit(_rewriting(fn, self._wish), **settings)
+        return jax.jit(_rewriting(fn, _ToOurs(self._wish)), **settings)
 
     @functools.cached_property
     def _of_graphs(self) -> Any:
@@ -119,7 +124,7 @@ class _Accelerated:
                 "pass nnx.split's GraphDef as a static argument and its State as a pure one"
             )
         pure = graphs.jitted_fn
-        graphs.jitted_fn = jax.jit(_rewriting(pure.__wrapped__, self._wish), **_settings_of(pure))
+        graphs.jitted_fn = jax.jit(_rewriting(pure.__wrapped__, _ToOurs(self._wish)), **_settings_of(pure))
         return graphs if node is None else functools.partial(graphs, node)
 
     def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -179,16 +184,29 @@ def _problem(lhs: Any, rhs: Any, params: dict[str, Any]) -> ConvProblem | None:
         return None
 
 
-# A call with its convolutions swapped.
+# A call with its convolutions swapped. A swap is a function of lax's equation to another, or to itself.
+
+Swap = Callable[[Any], Any]
 
 
-def _rewriting(fn: Callable[..., Any], wish: Algorithm | None) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class _ToOurs:
+    wish: Algorithm | None
+
+    def __call__(self, equation: Any) -> Any:
+        problem = problem_of(equation)
+        if problem is None:
+            return equation
+        return equation.replace(primitive=conv_p, params={"problem": problem, "wish": self.wish})
+
+
+def _rewriting(fn: Callable[..., Any], swap: Swap) -> Callable[..., Any]:
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
         if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
             return fn(*args, **kwargs)
         try:
-            return _call(fn, wish, args, kwargs)
+            return _call(fn, swap, args, kwargs)
         except jax.errors.ConcretizationTypeError as error:
             raise ConvTypeError(
                 f"accelerate traces its function as jax.jit does, but {_name(fn)} needs the value of an array; name "
@@ -199,11 +217,11 @@ def _rewriting(fn: Callable[..., Any], wish: Algorithm | None) -> Callable[..., 
     return run
 
 
-def _call(fn: Callable[..., Any], wish: Algorithm | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``fn(*args, **kwargs)`` under a trace, as one inner jit without lax's convolutions. What is no tracer among the
+def _call(fn: Callable[..., Any], swap: Swap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``fn(*args, **kwargs)`` under a trace, as one inner jit with its convolutions swapped. What is no tracer among the
     leaves of the arguments is static."""
     leaves, tree = jax.tree.flatten((args, kwargs))
-    traced = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
+    traced = [isinstance(leaf, Tracer) for leaf in leaves]
     out_tree: Any = None
 
     @functools.wraps(fn)
@@ -217,60 +235,57 @@ def _call(fn: Callable[..., Any], wish: Algorithm | None, args: tuple[Any, ...],
 
     live = [leaf for leaf, is_live in zip(leaves, traced, strict=True) if is_live]
     closed = jax.make_jaxpr(jax.jit(pure))(*live)
-    return out_tree.unflatten(jaxpr_as_fun(_rewritten(closed, wish))(*live))
+    return out_tree.unflatten(jaxpr_as_fun(_rewritten(closed, swap))(*live))
 
 
 # Jaxprs. What was rewritten stays shared where it was shared, or JAX would trace and lower each use of it on its own.
 # A memo lives as long as the jaxpr that it is for; None stands for the jaxpr itself.
 
-_memos: dict[Algorithm | None, WeakKeyDictionary[Any, Any]] = {}
+_memos: dict[Swap, WeakKeyDictionary[Any, Any]] = {}
 _NOT_ENTERED = ("pallas_call",)
 
 
-def _rewritten(jaxpr: Any, wish: Algorithm | None) -> Any:
-    """A Jaxpr or ClosedJaxpr with jconv's convolution wherever lax's stood; itself where none did."""
-    memo = _memos.setdefault(wish, WeakKeyDictionary())
+def _rewritten(jaxpr: Any, swap: Swap) -> Any:
+    """A Jaxpr or ClosedJaxpr with every lax convolution swapped; itself where none was."""
+    memo = _memos.setdefault(swap, WeakKeyDictionary())
     if jaxpr in memo:
         found = memo[jaxpr]
         return jaxpr if found is None else found
     if isinstance(jaxpr, ClosedJaxpr):
-        inner = _rewritten(jaxpr.jaxpr, wish)
+        inner = _rewritten(jaxpr.jaxpr, swap)
         new = None if inner is jaxpr.jaxpr else ClosedJaxpr(inner, jaxpr.consts)
     else:
-        equations = [_equation(equation, wish) for equation in jaxpr.eqns]
+        equations = [_equation(equation, swap) for equation in jaxpr.eqns]
         same = all(a is b for a, b in zip(equations, jaxpr.eqns, strict=True))
         new = None if same else jaxpr.replace(eqns=equations)
     memo[jaxpr] = new
     return jaxpr if new is None else new
 
 
-def _equation(equation: Any, wish: Algorithm | None) -> Any:
+def _equation(equation: Any, swap: Swap) -> Any:
     primitive, params = equation.primitive, equation.params
     if primitive is lax.conv_general_dilated_p:
-        problem = problem_of(equation)
-        if problem is None:
-            return equation
-        return equation.replace(primitive=conv_p, params={"problem": problem, "wish": wish})
+        return swap(equation)
     if primitive is conv_p or primitive.name in _NOT_ENTERED:
         return equation
-    new = {name: _value(value, wish) for name, value in params.items()}
+    new = {name: _value(value, swap) for name, value in params.items()}
     if primitive is custom_jvp_call_p:
-        new["jvp_jaxpr_fun"] = _later(params["jvp_jaxpr_fun"], wish)
+        new["jvp_jaxpr_fun"] = _later(params["jvp_jaxpr_fun"], swap)
     elif primitive is custom_vjp_call_p:
-        new["fwd_jaxpr_thunk"] = _later(params["fwd_jaxpr_thunk"], wish)
-        new["bwd"] = _backward(params["bwd"], wish)
+        new["fwd_jaxpr_thunk"] = _later(params["fwd_jaxpr_thunk"], swap)
+        new["bwd"] = _backward(params["bwd"], swap)
     elif primitive is remat_p and params.get("policy") is not None:
         new["policy"] = _Policy(params["policy"])
     elif primitive.name == "custom_vmap_call":
-        new["rule"] = _mapped(params["rule"], wish)
+        new["rule"] = _mapped(params["rule"], swap)
     return equation if all(new[name] is params[name] for name in new) else equation.replace(params=new)
 
 
-def _value(value: Any, wish: Algorithm | None) -> Any:
+def _value(value: Any, swap: Swap) -> Any:
     if isinstance(value, ClosedJaxpr | Jaxpr):
-        return _rewritten(value, wish)
+        return _rewritten(value, swap)
     if isinstance(value, tuple | list):
-        new = [_value(v, wish) for v in value]
+        new = [_value(v, swap) for v in value]
         if any(a is not b for a, b in zip(new, value, strict=True)):
             return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
     return value
@@ -279,17 +294,17 @@ def _value(value: Any, wish: Algorithm | None) -> Any:
 # Rules that JAX traces when they are needed, if ever.
 
 
-def _later(thunk: Any, wish: Algorithm | None) -> Any:
+def _later(thunk: Any, swap: Swap) -> Any:
     """A function of which inputs have derivatives, that gives a jaxpr first."""
 
     def rewritten(*zeros: Any) -> Any:
         jaxpr, *rest = thunk.call_wrapped(*zeros)
-        return (_rewritten(jaxpr, wish), *rest)
+        return (_rewritten(jaxpr, swap), *rest)
 
     return linear_util.wrap_init(rewritten, debug_info=thunk.debug_info)
 
 
-def _backward(rule: Any, wish: Algorithm | None) -> Any:
+def _backward(rule: Any, swap: Swap) -> Any:
     """A flat function of residuals and cotangents, symbolic zeros among them, to cotangents, zeros among them."""
 
     def rewritten(*operands: Any) -> Any:
@@ -303,7 +318,7 @@ def _backward(rule: Any, wish: Algorithm | None) -> Any:
             return [x for x in out if not _is_symbolic(x)]
 
         closed = jax.make_jaxpr(jax.jit(numeric))(*live)
-        results = iter(jaxpr_as_fun(_rewritten(closed, wish))(*live))
+        results = iter(jaxpr_as_fun(_rewritten(closed, swap))(*live))
         return [next(results) if x is ... else x for x in symbolic]
 
     return linear_util.wrap_init(rewritten, debug_info=rule.debug_info)
@@ -313,7 +328,7 @@ def _is_symbolic(x: Any) -> bool:
     return x is None or isinstance(x, ad.Zero | SymbolicZero)
 
 
-def _mapped(rule: Any, wish: Algorithm | None) -> Any:
+def _mapped(rule: Any, swap: Swap) -> Any:
     """``custom_vmap``'s rule: a function of the axis's size, which arguments are mapped, and the arguments."""
 
     @functools.wraps(rule)
@@ -325,7 +340,7 @@ def _mapped(rule: Any, wish: Algorithm | None) -> Any:
             out, out_batched = rule(size, in_batched, *args)
             return out
 
-        return _call(pure, wish, (args,), {}), out_batched
+        return _call(pure, swap, (args,), {}), out_batched
 
     return rewritten
 
@@ -421,7 +436,9 @@ def _hold_graphs(nnx: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
         leaves, tree = jax.tree.flatten((args, kwargs))
         return any(issubclass(kind, kinds) for kind in set(map(type, leaves))) or _made_of(tree, kinds)
     except (TypeError, ValueError):  # unhashable or unordered: jit says so
-        return any(isinstance(x, kinds) for x in jax.tree.leaves((args, kwargs), is_leaf=lambda x: isinstance(x, kinds)))
+        return any(
+            isinstance(x, kinds) for x in jax.tree.leaves((args, kwargs), is_leaf=lambda x: isinstance(x, kinds))
+        )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -437,7 +454,7 @@ def _made_of(tree: Any, kinds: tuple[type, ...]) -> bool:
 
 _lock = threading.RLock()
 _installs = 0
-_stock: dict[str | None, Any] = {}
+_rules: dict[str | None, Any] = {}  # lax's own, while jconv's stands in their place
 
 
 class _Installation:
@@ -497,41 +514,33 @@ def uninstall() -> None:
 
 
 def _register() -> None:
-    rules = _rules()
-    _stock.update({platform: table[lax.conv_general_dilated_p] for platform, table in rules.items()})
-    default = _stock[None].rule
-    for platform in {*_PLATFORMS, *rules} - {None}:
-        known = _stock[platform].rule if platform in _stock else default
-        rule = functools.partial(_planned, platform=platform, stock=known)
-        # Not cached by JAX: the same equation is planned in a program and is lax's own inside an algorithm.
-        mlir.register_lowering(lax.conv_general_dilated_p, rule, platform=platform, cacheable=False)
-    rule = functools.partial(_planned, platform="default", stock=default)
-    mlir.register_lowering(lax.conv_general_dilated_p, rule, cacheable=False)
+    tables = _tables()
+    _rules.update({platform: table[lax.conv_general_dilated_p] for platform, table in tables.items()})
+    for platform, table in tables.items():
+        mlir.register_lowering(stock_p, _rules[platform].rule, platform=platform)
+        del table[lax.conv_general_dilated_p]
+    mlir.register_lowering(lax.conv_general_dilated_p, _planned)
+    convolve.run_algorithm = _with_stock
     jax.clear_caches()
-
-
-_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def _restore() -> None:
-    home = sys.modules[mlir.register_lowering.__module__]
-    for platform, table in (*home._platform_specific_lowerings.items(), (None, home._lowerings)):
-        table.pop(lax.conv_general_dilated_p, None)
-        if platform in _stock:
-            table[lax.conv_general_dilated_p] = _stock[platform]
-    home._uncacheable_primitives.discard(lax.conv_general_dilated_p)
-    _stock.clear()
+    for platform, entry in _rules.items():
+        table = mlir._lowerings if platform is None else mlir._platform_specific_lowerings[platform]
+        table[lax.conv_general_dilated_p] = entry
+        table.pop(stock_p, None)
+    mlir.register_lowering(stock_p, _as_lax)
+    convolve.run_algorithm = _run_algorithm
+    _rules.clear()
     jax.clear_caches()
 
 
-def _rules() -> dict[str | None, Any]:
+def _tables() -> dict[str | None, Any]:
     """JAX's tables of lowering rules that have one for lax's convolution, by platform; None is any other."""
-    home = sys.modules[mlir.register_lowering.__module__]
     try:
-        tables = {None: home._lowerings, **home._platform_specific_lowerings}
-        found = {p: table for p, table in tables.items() if lax.conv_general_dilated_p in table}
-        known = lax.conv_general_dilated_p not in home._uncacheable_primitives and None in found
-        known = known and all(callable(table[lax.conv_general_dilated_p].rule) for table in found.values())
+        tables = {None: mlir._lowerings, **mlir._platform_specific_lowerings}
+        found = {platform: table for platform, table in tables.items() if lax.conv_general_dilated_p in table}
+        known = None in found and all(callable(t[lax.conv_general_dilated_p].rule) for t in found.values())
     except (AttributeError, TypeError):
         known, found = False, {}
     if not known:
@@ -542,9 +551,43 @@ def _rules() -> dict[str | None, Any]:
     return found
 
 
-def _planned(ctx: Any, lhs: Any, rhs: Any, *, platform: str, stock: Callable[..., Any], **params: Any) -> Any:
-    inside = "jconv." in str(ctx.name_stack)
-    problem = None if inside else _problem(*ctx.avals_in, params)
-    if problem is None or choose(problem.replace(out_sharding=None), None, platform).name == "xla":
-        return stock(ctx, lhs, rhs, **params)
-    return lower(ctx, lhs, rhs, problem=problem, wish=None, platform=platform)
+def _planned(ctx: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
+    """The lowering of lax's convolution while jconv is installed."""
+    problem = _problem(*ctx.avals_in, params)
+    ours = functools.partial(conv_p.bind, problem=problem, wish=None)
+    stock = functools.partial(stock_p.bind, **params)
+    return mlir.lower_fun(stock if problem is None else ours, multiple_results=False)(ctx, lhs, rhs)
+
+
+# lax's convolution under another name, for algorithms that are made of it: its rules are lax's own.
+
+stock_p = Primitive("conv_general_dilated")
+stock_p.def_effectful_abstract_eval(lax.conv_general_dilated_p.abstract_eval)
+_as_lax = mlir.lower_fun(lax.conv_general_dilated_p.bind, multiple_results=False)
+mlir.register_lowering(stock_p, _as_lax)
+_run_algorithm = convolve.run_algorithm
+
+
+def _to_stock(equation: Any) -> Any:
+    return equation.replace(primitive=stock_p)
+
+
+def _with_stock(run: Callable[..., Any], *operands: Any) -> Any:
+    with jax.disable_jit(False):
+        closed = jax.make_jaxpr(run)(*operands)
+    (out,) = jaxpr_as_fun(_rewritten(closed, _to_stock))(*operands)
+    return out
+
+
+@stock_p.def_impl
+def _evaluate_stock(*operands: Any, **params: Any) -> Any:
+    with jax.disable_jit(False):
+        return jax.jit(functools.partial(stock_p.bind, **params))(*operands)
+
+
+def _batch_stock(operands: Any, axes: Any, **params: Any) -> Any:
+    batched = jax.vmap(functools.partial(lax.conv_general_dilated_p.bind, **params), axes)
+    return _with_stock(batched, *operands), 0
+
+
+batching.primitive_batchers[stock_p] = _batch_stock
