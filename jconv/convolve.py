@@ -53,7 +53,7 @@ def convolve(
         ConvError: for an unknown ``autodiff``.
     """
     bind = _binder(problem, algorithm, autodiff)
-    return bind(*_equally_varying(jnp.asarray(lhs), jnp.asarray(rhs)), problem)
+    return bind(*_equally_varying(_array(lhs), _array(rhs)), problem)
 
 
 def input_gradient(
@@ -61,7 +61,7 @@ def input_gradient(
 ) -> jax.Array:
     """d/dlhs of ``sum(grad * convolve(lhs, rhs, problem))``, in lhs's layout and shape."""
     bind = _binder(input_problem(problem), algorithm, autodiff)
-    return _input_rule(bind, *_equally_varying(jnp.asarray(grad), jnp.asarray(rhs)), problem)
+    return _input_rule(bind, *_equally_varying(_array(grad), _array(rhs)), problem)
 
 
 def weight_gradient(
@@ -69,7 +69,7 @@ def weight_gradient(
 ) -> jax.Array:
     """d/drhs of ``sum(grad * convolve(lhs, rhs, problem))``, in rhs's layout and shape."""
     bind = _binder(weight_problem(problem), algorithm, autodiff)
-    return _weight_rule(bind, *_equally_varying(jnp.asarray(lhs), jnp.asarray(grad)), problem)
+    return _weight_rule(bind, *_equally_varying(_array(lhs), _array(grad)), problem)
 
 
 def as_operand(name: str, value: Any) -> jax.Array:
@@ -79,6 +79,10 @@ def as_operand(name: str, value: Any) -> jax.Array:
     if not isinstance(value, np.ndarray | np.generic):
         raise ConvTypeError(f"{name} must be an array, got {type(value).__name__}; wrap it in jnp.asarray(...)")
     return jnp.asarray(value)
+
+
+def _array(x: Any) -> jax.Array:
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
 def _binder(problem: ConvProblem, algorithm: AlgorithmLike, autodiff: str) -> Bind:

@@ -80,6 +80,26 @@ class ConvProblem:
             ConvError: for values that describe no convolution (:class:`ConvTypeError` where lax
                 raises ``TypeError``), with the argument, what came, and the remedy.
         """
+        given = (
+            window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
+            batch_group_count, precision, preferred_element_type, out_sharding,
+        )  # fmt: skip
+        key = _key(lhs, rhs, given)
+        known = None if key is None else _known.get(key)
+        if known is None:
+            known = cls._of(lhs, rhs, *given)
+            if key is not None:
+                if len(_known) >= _MOST_KNOWN:
+                    _known.clear()
+                _known[key] = known
+        return known
+
+    @classmethod
+    def _of(
+        cls, lhs: Any, rhs: Any, window_strides: Any, padding: Any, lhs_dilation: Any, rhs_dilation: Any,
+        dimension_numbers: Any, feature_group_count: Any, batch_group_count: Any, precision: Any,
+        preferred_element_type: Any, out_sharding: Any,
+    ) -> ConvProblem:  # fmt: skip
         lhs_dtype, rhs_dtype = _dtype("lhs", lhs), _dtype("rhs", rhs)
         if lhs_dtype != rhs_dtype:
             raise ConvTypeError(
@@ -203,6 +223,43 @@ class ConvProblem:
             if value != default:
                 parts.append(f"{name} {value}")
         return ", ".join(parts)
+
+
+# The problems of arguments that were parsed before: an eager call spends more time on parsing than on anything else.
+
+_MOST_KNOWN = 4096
+_known: dict[Any, ConvProblem] = {}
+
+
+def _key(lhs: Any, rhs: Any, given: tuple[Any, ...]) -> Any:
+    """The arguments, hashable, with the settings that they are read under; None where equal keys might not mean equal
+    problems: 1, 1.0 and True are equal, and not all are admitted."""
+    try:
+        config: Any = jax.config
+        return (
+            _exact(lhs.shape), lhs.dtype, _exact(rhs.shape), rhs.dtype, _exact(given),
+            config.jax_enable_x64, config.jax_default_matmul_precision,
+        )  # fmt: skip
+    except (AttributeError, TypeError):
+        return None
+
+
+def _exact(value: Any) -> Any:
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if kind in _SEQUENCES:
+        for v in value:
+            if type(v) is not int:
+                return tuple(map(_exact, value))
+        return tuple(value)
+    if isinstance(value, np.dtype | type):
+        return value
+    raise TypeError
+
+
+_ATOMS = frozenset((int, str, type(None), lax.Precision))
+_SEQUENCES = frozenset((tuple, list, lax.ConvDimensionNumbers))
 
 
 def dilated(sizes: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
