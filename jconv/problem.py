@@ -190,7 +190,7 @@ class ConvProblem:
         """True for one input feature a group; its kernel gradient is a problem of another shape."""
         return self.feature_groups > 1 and self.rhs_shape[1] == 1
 
-    @property
+    @cached_property
     def is_weight_gradient(self) -> bool:
         """True for the shape of a kernel gradient: a large window that yields a small output. Batch groups, which
         the kernel gradient of feature groups has, tip the balance. False where sizes are symbols."""
@@ -199,7 +199,7 @@ class ConvProblem:
             return False
         return window > output or (self.batch_groups > 1 and window == output)
 
-    @property
+    @cached_property
     def is_empty(self) -> bool:
         return any(is_static(d) and d == 0 for d in (*self.lhs_shape, *self.rhs_shape, *self.output_shape))
 
@@ -269,7 +269,10 @@ def dilated(sizes: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
 
 def is_static(*dims: Any) -> bool:
     """False if a dimension is symbolic, as in an export with a symbolic batch."""
-    return not any(hasattr(d, "scope") for d in dims)
+    for d in dims:  # noqa: SIM110 - a plan asks a hundred times
+        if type(d) is not int and hasattr(d, "scope"):
+            return False
+    return True
 
 
 def integer(name: str, value: Any, minimum: int) -> int:

@@ -161,13 +161,24 @@ class _Accelerated:
 
 
 def problem_of(equation: Any) -> ConvProblem | None:
-    """The problem that an equation of a jaxpr poses: lax's convolution or jconv's. None for any other, and for one
-    that a :class:`ConvProblem` cannot express."""
+    """The problem that an equation of a jaxpr poses, lax's convolution or jconv's.
+
+    Args:
+        equation: one of ``jaxpr.eqns``.
+
+    Returns:
+        A ConvProblem; None for any other equation, and for a convolution that a ConvProblem cannot express.
+
+    >>> jaxpr = jax.make_jaxpr(lambda x, w: jax.lax.conv(x, w, (1,), "VALID"))(jnp.ones((1, 2, 5)), jnp.ones((3, 2, 3)))
+    >>> print(problem_of(jaxpr.eqns[0]))
+    float32 1x2x5 * 3x2x3 -> 1x3x3
+    """
     if equation.primitive is conv_p:
         return equation.params["problem"]
     if equation.primitive is not lax.conv_general_dilated_p:
         return None
-    return _problem(*(v.aval for v in equation.invars), equation.params)
+    lhs, rhs = (v.aval for v in equation.invars)
+    return _problem(lhs, rhs, equation.params)
 
 
 def _problem(lhs: Any, rhs: Any, params: dict[str, Any]) -> ConvProblem | None:
@@ -553,7 +564,8 @@ def _tables() -> dict[str | None, Any]:
 
 def _planned(ctx: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
     """The lowering of lax's convolution while jconv is installed."""
-    problem = _problem(*ctx.avals_in, params)
+    left, right = ctx.avals_in
+    problem = _problem(left, right, params)
     ours = functools.partial(conv_p.bind, problem=problem, wish=None)
     stock = functools.partial(stock_p.bind, **params)
     return mlir.lower_fun(stock if problem is None else ours, multiple_results=False)(ctx, lhs, rhs)
