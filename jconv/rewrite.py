@@ -187,7 +187,7 @@ def _problem(lhs: Any, rhs: Any, params: dict[str, Any]) -> ConvProblem | None:
     if isinstance(precision, tuple) and precision[0] == precision[1]:
         precision = precision[0]
     if sharding is not None and jax.sharding.AxisType.Explicit not in getattr(sharding.mesh, "axis_types", ()):
-        sharding = None  # derivatives name one in every mesh
+        sharding = None  # derivatives name one in a mesh of any kind
     try:
         # lax has put the default of jax_default_matmul_precision where none was given.
         return ConvProblem.of(lhs, rhs, **given, out_sharding=sharding).replace(precision=precision)

@@ -194,7 +194,7 @@ def test_shared_stays_shared():
 
 def test_the_memo_keeps_nothing_alive():
     def run():
-        f = jconv.accelerate(lambda x, w: jax.jit(lambda x, w: jnp.sin(stock(x, w)))(x, w) + 1)
+        f = jconv.accelerate(lambda x, w: jax.nn.relu(jax.jit(lambda x, w: jnp.sin(stock(x, w)))(x, w)))
         return weakref.ref(jax.make_jaxpr(f)(X, W).eqns[0].params["jaxpr"].jaxpr)
 
     gone = run()
@@ -409,6 +409,8 @@ def test_shard_map(check_vma):
 
     f = jax.shard_map(step, mesh=mesh(), in_specs=(P("a"), P()), out_specs=(P("a"), P("a"), P()), check_vma=check_vma)
     same(f, x, w)
+    problems = problems_in(jax.make_jaxpr(jconv.accelerate(f))(x, w).jaxpr)
+    assert len(problems) == 4 and all(p.out_sharding is None for p in problems)  # they are planned as elsewhere
     loss = lambda f: lambda x, w: sum(y.sum() for y in f(x, w))
     check(jax.jit(jax.grad(loss(jconv.accelerate(f)), (0, 1)))(x, w), jax.jit(jax.grad(loss(f), (0, 1)))(x, w))
 
@@ -716,13 +718,14 @@ def test_disabled_jit():
     seen = []
 
     def f(x, w):
-        if float(x.sum()) > -1e9:
+        if x.sum() > -1e9:
             seen.append(1)
         return stock(x, w)
 
     with jax.disable_jit():
         check(jconv.accelerate(f)(X, W), f(X, W))
-    assert len(seen) == 2
+        check(jax.grad(lambda x: jconv.accelerate(f)(x, W).sum())(X), jax.grad(lambda x: f(x, W).sum())(X))
+    assert len(seen) == 4
 
 
 # Errors.
