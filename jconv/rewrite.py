@@ -23,7 +23,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import linear_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, Var, jaxpr_as_fun
 from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, remat_p
 from jax.interpreters import ad, batching, mlir
 
@@ -51,8 +51,8 @@ def accelerate(
 
     Convolutions inside ``jit``, ``scan``, ``while``, ``cond``, ``checkpoint``, ``shard_map``, custom derivatives and
     the like are swapped too; those that jconv cannot express stay lax's. ``grad(accelerate(f))`` differentiates
-    jconv's convolution, ``accelerate(grad(f))`` swaps those that lax's derivatives are made of. Under
-    ``jax.disable_jit`` the function runs as it is.
+    jconv's convolution, ``accelerate(grad(f))`` swaps those that lax's derivatives are made of; the problems are the
+    same. Under ``jax.disable_jit`` the function runs as it is.
 
     Args:
         fn: a function of pytrees of arrays, traced as ``jax.jit`` traces it, once for each signature. The settings
@@ -195,20 +195,28 @@ def _problem(lhs: Any, rhs: Any, params: dict[str, Any]) -> ConvProblem | None:
         return None
 
 
-# A call with its convolutions swapped. A swap is a function of lax's equation to another, or to itself.
+# A call with its convolutions swapped. A swap is a function of lax's equation, and of the equations before it that turn
+# an array round, to another equation or to itself.
 
-Swap = Callable[[Any], Any]
+Turns = dict[Any, Any]  # by the variable that they define
+Swap = Callable[[Any, Turns], Any]
 
 
 @dataclass(frozen=True)
 class _ToOurs:
     wish: Algorithm | None
 
-    def __call__(self, equation: Any) -> Any:
+    def __call__(self, equation: Any, turns: Turns) -> Any:
         problem = problem_of(equation)
         if problem is None:
             return equation
-        return equation.replace(primitive=conv_p, params={"problem": problem, "wish": self.wish})
+        lhs, rhs = equation.invars
+        turn = turns.get(rhs) if isinstance(rhs, Var) else None
+        if turn is not None and sorted(turn.params["dimensions"]) == sorted(problem.layout.rhs_spec[2:]):
+            # lax's input gradient turns the kernel round; jconv reads it from its end.
+            rhs, problem = turn.invars[0], problem.replace(reversed=True)
+        params = {"problem": problem, "wish": self.wish}
+        return equation.replace(primitive=conv_p, invars=[lhs, rhs], params=params)
 
 
 def _rewriting(fn: Callable[..., Any], swap: Swap) -> Callable[..., Any]:
@@ -266,17 +274,18 @@ def _rewritten(jaxpr: Any, swap: Swap) -> Any:
         inner = _rewritten(jaxpr.jaxpr, swap)
         new = None if inner is jaxpr.jaxpr else ClosedJaxpr(inner, jaxpr.consts)
     else:
-        equations = [_equation(equation, swap) for equation in jaxpr.eqns]
+        turns = {e.outvars[0]: e for e in jaxpr.eqns if e.primitive is lax.rev_p}
+        equations = [_equation(equation, swap, turns) for equation in jaxpr.eqns]
         same = all(a is b for a, b in zip(equations, jaxpr.eqns, strict=True))
         new = None if same else jaxpr.replace(eqns=equations)
     memo[jaxpr] = new
     return jaxpr if new is None else new
 
 
-def _equation(equation: Any, swap: Swap) -> Any:
+def _equation(equation: Any, swap: Swap, turns: Turns) -> Any:
     primitive, params = equation.primitive, equation.params
     if primitive is lax.conv_general_dilated_p:
-        return swap(equation)
+        return swap(equation, turns)
     if primitive is conv_p or primitive.name in _NOT_ENTERED:
         return equation
     new = {name: _value(value, swap) for name, value in params.items()}
@@ -580,7 +589,7 @@ mlir.register_lowering(stock_p, _as_lax)
 _run_algorithm = convolve.run_algorithm
 
 
-def _to_stock(equation: Any) -> Any:
+def _to_stock(equation: Any, _: Turns) -> Any:
     return equation.replace(primitive=stock_p)
 
 

@@ -576,6 +576,7 @@ OPTIONS = {
     "batch groups": dict(window_strides=(1, 1), padding="SAME", batch_group_count=2),
     "feature groups": dict(window_strides=(1, 1), padding="SAME", feature_group_count=2),
     "highest": dict(window_strides=(1, 1), padding="VALID", precision="highest"),
+    "1x1": dict(window_strides=(2, 1), padding="VALID"),
     "two precisions": dict(window_strides=(1, 1), padding="VALID", precision=("highest", "default")),
     "preferred": dict(window_strides=(1, 1), padding="VALID", preferred_element_type=np.float64),
 }  # fmt: skip
@@ -585,7 +586,8 @@ OPTIONS = {
 def test_options(name):
     """Each is the problem that jconv's own function poses, which has its measured times; so are its derivatives'."""
     options = OPTIONS[name]
-    x, w = arrays((4, 4, 7, 6), (6, 2 if name == "feature groups" else 4, 3, 2))
+    window = (1, 1) if name == "1x1" else (3, 2)
+    x, w = arrays((4, 4, 7, 6), (6, 2 if name == "feature groups" else 4, *window))
     dtype = np.float32 if name == "preferred" else np.float64
     x, w = x.astype(dtype), w.astype(dtype)
     f = lambda x, w: lax.conv_general_dilated(x, w, **options)
@@ -594,7 +596,21 @@ def test_options(name):
     posed = lambda f: problems_in(jax.make_jaxpr(f)(x, w).jaxpr)
     assert posed(jconv.accelerate(f)) == posed(ours) != []
     if name != "preferred":  # whose derivatives lax cannot take
-        same(jax.grad(lambda x, w: jnp.sin(f(x, w)).sum(), (0, 1)), x, w)
+        gradient = lambda f: jax.grad(lambda x, w: jnp.sin(f(x, w)).sum(), (0, 1))
+        same(gradient(f), x, w)
+        assert posed(jconv.accelerate(gradient(f))) == posed(gradient(ours))
+
+
+@pytest.mark.parametrize("dimensions", ((2,), (3, 2), (0, 2, 3)))
+def test_turned_kernels(dimensions):
+    """A kernel that is turned round along its window, and no other, is read from its end."""
+    x, w = arrays((4, 4, 7, 6), (6, 4, 3, 2))
+    f = lambda x, w: lax.conv(x, lax.rev(w, dimensions), (1, 1), "SAME")
+    same(f, x, w)
+    (problem,) = problems_in(jax.make_jaxpr(jconv.accelerate(f))(x, w).jaxpr)
+    assert problem.reversed == (len(dimensions) == 2)
+    g = lambda x, w: lax.conv(lax.rev(x, (2, 3)), lax.rev(lax.rev(w, (2, 3)), (2, 3)), (1, 1), "SAME") + w.sum()
+    same(g, x, w)
 
 
 def test_default_matmul_precision():
