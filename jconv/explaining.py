@@ -27,7 +27,7 @@ from jconv.convolve import conv_p
 from jconv.errors import ConvError
 from jconv.planner import Candidate, Plan, plan, platform_named
 from jconv.problem import ConvProblem, is_static
-from jconv.rewrite import Step, problem_of, program_of, steps_of
+from jconv.rewrite import Step, needed, problem_of, program_of, steps_of
 
 __all__ = ["Place", "Report", "Row", "explain", "macs"]
 
@@ -185,7 +185,7 @@ class Report:
     Attributes:
         program: the function's name.
         platform: that the plans are for.
-        rows: by place, in the order of the program.
+        rows: by place, in the order of the program; each forward one before its gradients.
         others: convolutions that jconv cannot express and leaves to lax: (place, how often it runs).
         flops: of the whole program, as :func:`explain` counts them.
         conv_flops: of its convolutions.
@@ -329,8 +329,9 @@ class Report:
             axes.bar_label(drawn, [_number(t) for t in times], padding=3, fontsize=7)
         if rest:
             labels.append(f"{len(rest)} others, together")
-            sums = (f"{_number(sum(bar[i] for bar in rest))} ms with {who}" for i, who in ((1, "lax"), (2, "jconv")))
-            axes.text(0, len(bars), f"  {', '.join(sums)}", va="center", fontsize=8)
+            _, of_lax, of_ours = map(list, zip(*rest, strict=True))
+            sums = f"  {_number(sum(of_lax))} ms with lax, {_number(sum(of_ours))} ms with jconv"
+            axes.text(0, len(bars), sums, va="center", fontsize=8)
         axes.set_yticks(range(len(labels)), labels, fontsize=8)
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.set_xlim(0, 1.12 * max(*before, *after, 1e-9))
@@ -350,7 +351,11 @@ class Report:
     def _bars(self) -> tuple[list[_Bar], list[_Bar]]:
         """The rows as bars, the largest first, and what is left beyond the most that a picture has."""
         bars = [
-            (f"{_shortened(row.place.layer, 44)}, {row.direction}  {index}", (row.lax_ns or 0) / 1e6, row.jconv_ns / 1e6)
+            (
+                f"{_shortened(row.place.layer, 44)}, {row.direction}  {index}",
+                (row.lax_ns or 0) / 1e6,
+                row.jconv_ns / 1e6,
+            )
             for index, row in enumerate(self.rows)
             if row.jconv_ns is not None
         ]
@@ -420,7 +425,7 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None, **k
     ``fn`` is traced, as by :func:`jconv.accelerate`, and not run. Convolutions of lax's and of jconv's are found, inside
     ``jit``, ``scan``, ``cond`` and the like too, and those of gradients if ``fn`` computes them. Times are measured
     where :func:`jconv.tune` has measured, else the cost model's estimates. What runs under ``autodiff="custom_vjp"``
-    is not seen. A ``while`` counts one turn, a ``cond`` each branch once, a ``shard_map`` one device.
+    is not seen, nor what no result needs: the gradient of a sum needs no convolution before it. A ``while`` counts one turn, a ``cond`` each branch once, a ``shard_map`` one device.
 
     Flops: two for each multiply-add of convolutions and of dot products; one for each element that an elementwise
     operation makes, that a reduction reads, that a window of a pooling covers; none for what only moves or converts.
@@ -453,27 +458,28 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None, **k
         raise ConvError(
             f"{name} cannot be traced: {type(cause).__name__}: {str(cause).strip().partition(chr(10))[0][:300]}"
         ) from error
-    steps = list(steps_of(program))
-    posed = [(step, problem_of(step.equation)) for step in steps if step.equation.primitive in _CONVOLUTIONS]
-    forwards = dict.fromkeys(problem for step, problem in posed if problem is not None and not step.transposed)
-    gradients = _gradients(forwards)
+    made = _posed(steps_of(program))
+    steps = list(steps_of(needed(program)))
+    posed = _posed(steps)
+    directions = _Directions(problem for step, problem in made if problem is not None and not step.transposed)
     rows: dict[Any, Row] = {}
     others: dict[Place, int] = {}
+    places: dict[Place, int] = {}
     for step, problem in posed:
         place = _place(step)
         if problem is None:
             others[place] = others.get(place, 0) + step.runs
             continue
-        direction = _direction(problem, gradients, forwards) if step.transposed else "forward"
+        family, direction = directions.of(problem, step.transposed)
         is_lax, wish = step.equation.primitive is not conv_p, step.equation.params.get("wish")
-        key = (problem, place, direction, wish, is_lax, step.in_while)
+        order = places.setdefault(place, len(places)), family, DIRECTIONS.index(direction)
+        key = (order, problem, wish, is_lax, step.in_while)
         before = rows[key].runs if key in rows else 0
         rows[key] = Row(place, direction, plan(problem, where), wish, before + step.runs, step.in_while, is_lax)
+    ordered = [rows[key] for key in sorted(rows, key=lambda key: key[0])]
     flops = sum(_flops(step.equation) * step.runs for step in steps)
     conv_flops = sum(_flops(step.equation) * step.runs for step, _ in posed)
-    places = list(dict.fromkeys(row.place for row in rows.values()))
-    by_place = sorted(rows.values(), key=lambda row: places.index(row.place))
-    return Report(name, where, tuple(by_place), tuple(others.items()), flops, conv_flops)
+    return Report(name, where, tuple(ordered), tuple(others.items()), flops, conv_flops)
 
 
 def macs(problem: ConvProblem) -> int:
@@ -510,30 +516,38 @@ def _name(fn: Any) -> str:
 # Directions.
 
 _CONVOLUTIONS = (conv_p, lax.conv_general_dilated_p)
-_Signature = tuple[Any, ...]
+DIRECTIONS = ("forward", "input gradient", "kernel gradient")
 
 
-def _signature(problem: ConvProblem) -> _Signature:
+def _signature(problem: ConvProblem) -> tuple[Any, ...]:
     """What a gradient has in common whether lax derived it or jconv."""
     return problem.lhs_shape, problem.rhs_shape, problem.output_shape, problem.layout.lhs_spec[:2]
 
 
-def _gradients(forwards: Iterable[ConvProblem]) -> dict[_Signature, set[str]]:
-    found: dict[_Signature, set[str]] = {}
-    for problem in forwards:
-        for direction, adjoint in (("input gradient", input_problem), ("kernel gradient", weight_problem)):
-            found.setdefault(_signature(adjoint(problem)), set()).add(direction)
-    return found
+def _posed(steps: Iterable[Step]) -> list[tuple[Step, ConvProblem | None]]:
+    """The convolutions among the steps, each with its problem where jconv can express it."""
+    return [(step, problem_of(step.equation)) for step in steps if step.equation.primitive in _CONVOLUTIONS]
 
 
-def _direction(problem: ConvProblem, gradients: dict[_Signature, set[str]], forwards: Iterable[ConvProblem]) -> str:
-    """Of a convolution that reverse mode made: by the forward ones of the program, else by its shape."""
-    directions = gradients.get(_signature(problem), set())
-    if len(directions) == 1:
-        return next(iter(directions))
-    if not directions and problem in forwards:
-        return "forward"  # run anew by a rule of custom_vjp
-    return "kernel gradient" if problem.is_weight_gradient else "input gradient"
+class _Directions:
+    """Tells what a convolution is to the forward ones of its program: its direction, and of which it is one."""
+
+    def __init__(self, forwards: Iterable[ConvProblem]) -> None:
+        self._forwards = {problem: number for number, problem in enumerate(dict.fromkeys(forwards))}
+        self._gradients: dict[tuple[Any, ...], dict[str, int]] = {}
+        for problem, number in self._forwards.items():
+            for direction, adjoint in zip(DIRECTIONS[1:], (input_problem, weight_problem), strict=True):
+                self._gradients.setdefault(_signature(adjoint(problem)), {}).setdefault(direction, number)
+
+    def of(self, problem: ConvProblem, transposed: bool) -> tuple[int, str]:
+        if not transposed:
+            return self._forwards[problem], DIRECTIONS[0]
+        found = self._gradients.get(_signature(problem), {})
+        if not found and problem in self._forwards:  # run anew by a rule of custom_vjp
+            return self._forwards[problem], DIRECTIONS[0]
+        by_shape = DIRECTIONS[2] if problem.is_weight_gradient else DIRECTIONS[1]
+        direction = next(iter(found)) if len(found) == 1 else by_shape
+        return found.get(direction, len(self._forwards)), direction
 
 
 # Places.

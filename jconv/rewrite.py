@@ -26,6 +26,7 @@ from jax.extend import linear_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, jaxpr_as_fun
 from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, remat_p
 from jax.interpreters import ad, batching, mlir
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from jconv import convolve
 from jconv.algorithms.base import Algorithm
@@ -223,6 +224,15 @@ def program_of(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Jaxpr:
     """
     traced = (fn if isinstance(fn, _Accelerated) else _Observed(fn, None, {})).trace(*args, **kwargs)
     return getattr(traced, "traced", traced).jaxpr.jaxpr
+
+
+def needed(program: Jaxpr) -> Jaxpr:
+    """A program without what none of its results needs, as XLA runs it.
+
+    >>> len(list(steps_of(needed(program_of(lambda x: (jnp.sin(x), x)[1], 1.0)))))
+    0
+    """
+    return dce_jaxpr(program, [True] * len(program.outvars))[0]
 
 
 def steps_of(jaxpr: Jaxpr) -> Iterator[Step]:

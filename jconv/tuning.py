@@ -35,7 +35,7 @@ from jconv.problem import ConvProblem, integer
 
 __all__ = [
     "DIRECTIONS", "Calibration", "Report", "Row", "calibrate", "export_measurements", "import_measurements",
-    "in_directions", "problem_of", "read_problems", "tune", "tune_problems",
+    "in_directions", "problem_of", "progress", "race", "read_problems", "tune", "tune_problems",
 ]  # fmt: skip
 
 DIRECTIONS: dict[str, Callable[[ConvProblem], ConvProblem]] = {
@@ -557,6 +557,13 @@ def race(programs: dict[str, Callable[[], Callable[[], Any]]], seconds: float) -
 
     The first turn compiles, warms up, and says how many runs make a sample that the clock resolves; it counts for
     the median only if there is no other.
+
+    Args:
+        programs: by name what compiles a program, which gives what runs it once.
+        seconds: for all runs together, compiling not counted.
+
+    >>> race({"sum": lambda: lambda: sum(range(9)), "broken": lambda: 1 / 0}, 0)["broken"]
+    'ZeroDivisionError: division by zero'
     """
     samples: dict[str, list[int]] = {name: [] for name in programs}
     runs: dict[str, Callable[[], Any]] = {}
@@ -598,7 +605,11 @@ def _sample(run: Callable[[], Any], before: list[int]) -> int:
 
 
 def progress(items: Sequence[_T], title: str) -> Generator[_T]:
-    """The items, with a bar on stderr where that is a terminal and rich is installed."""
+    """The items, with a bar on stderr where that is a terminal and rich is installed.
+
+    >>> list(progress([1, 2], "counting"))
+    [1, 2]
+    """
     try:
         from rich.console import Console
         from rich.progress import track
