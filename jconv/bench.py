@@ -20,6 +20,7 @@ from jconv import store
 from jconv.algorithms.base import lax_convolution
 from jconv.convolve import convolve
 from jconv.errors import ConvError
+from jconv.explaining import number
 from jconv.planner import plan
 from jconv.problem import ConvProblem
 from jconv.tuning import CHANNEL_LAST, DIRECTIONS, progress, race
@@ -27,6 +28,8 @@ from jconv.tuning import CHANNEL_LAST, DIRECTIONS, progress, race
 __all__ = ["Comparison", "Report", "compare", "networks"]
 
 TOLERANCE = 1e-4
+_NUMBERS = ("lax", "jconv", "ratio")
+_WORDS = {"forward": "forward", "input": "input gradient", "weight": "kernel gradient"}
 _NETWORKS = (
     # name, image, window, out features, stride, dilation, groups
     ("ResNet-50 7x7/2", (1, 224, 224, 3), (7, 7), 64, 2, 1, 1),
@@ -93,7 +96,11 @@ class Report:
     def __str__(self) -> str:
         head, *rows = self._cells()
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)]
+        sides = [str.rjust if name in _NUMBERS else str.ljust for name in head]
+        lines = [
+            "  ".join(side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)).rstrip()
+            for row in (head, *rows)
+        ]
         return "\n".join([self._title(), *lines, *self._notes()])
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
@@ -104,7 +111,7 @@ class Report:
         head, *rows = self._cells()
         table = Table(title=self._title(), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in head:
-            table.add_column(name)
+            table.add_column(name, justify="right" if name in _NUMBERS else "left")
         for row in rows:
             table.add_row(*map(Text, row))
         yield table
@@ -136,9 +143,9 @@ class Report:
     def _cells(self) -> list[tuple[str, ...]]:
         cells: list[tuple[str, ...]] = [("convolution", "direction", "lax", "jconv", "ratio", "algorithm")]
         for row in self.rows:
-            times = [f"{t / 1e6:.3g}" if isinstance(t, int) else "failed" for t in (row.lax, row.jconv)]
+            times = [number(t / 1e6) if isinstance(t, int) else "failed" for t in (row.lax, row.jconv)]
             ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-            cells.append((row.name, row.direction, *times, ratio, row.algorithm))
+            cells.append((row.name, _WORDS[row.direction], *times, ratio, row.algorithm))
         return cells
 
     def _notes(self) -> list[str]:

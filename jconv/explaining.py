@@ -285,7 +285,7 @@ class Report:
                 "program": self.program,
                 "platform": self.platform,
                 "device": None if place is None else place.device,
-                "threads": self.rows[0].plan.device.threads if self.rows else None,
+                "threads": self._threads(),
                 "jax": jax.__version__,
                 "jconv": __version__,
                 "flops": self.flops,
@@ -326,11 +326,11 @@ class Report:
         axes = figure.add_subplot()
         for offset, times, name, color in ((-0.2, before, "lax", "#b9c2cc"), (0.2, after, "jconv", "#3b6ea5")):
             drawn = axes.barh(where + offset, times, 0.38, label=name, color=color)
-            axes.bar_label(drawn, [_number(t) for t in times], padding=3, fontsize=7)
+            axes.bar_label(drawn, [number(t) for t in times], padding=3, fontsize=7)
         if rest:
             labels.append(f"{len(rest)} others, together")
             _, of_lax, of_ours = map(list, zip(*rest, strict=True))
-            sums = f"  {_number(sum(of_lax))} ms with lax, {_number(sum(of_ours))} ms with jconv"
+            sums = f"  {number(sum(of_lax))} ms with lax, {number(sum(of_ours))} ms with jconv"
             axes.text(0, len(bars), sums, va="center", fontsize=8)
         axes.set_yticks(range(len(labels)), labels, fontsize=8)
         axes.set_ylim(len(labels) - 0.4, -0.6)
@@ -366,8 +366,12 @@ class Report:
     def _title(self) -> str:
         place = store.here(self.platform)
         device = self.platform if place is None else place.device
-        threads = self.rows[0].plan.device.threads if self.rows else 0
+        threads = self._threads()
         return f"{self.program} on {device}{f', threads {threads}' if threads else ''}, jax {jax.__version__}"
+
+    def _threads(self) -> int | None:
+        """Those that the plans are for; None where they have none to do with it."""
+        return self.rows[0].plan.device.threads if self.rows and self.platform == "cpu" else None
 
     def _basis(self) -> str:
         measured = sum(row.is_measured for row in self.rows)
@@ -410,7 +414,7 @@ class Report:
         in_while = sum(row.in_while for row in self.rows)
         whose = "All" if of_lax == len(self.rows) else f"{of_lax} of {len(self.rows)}"
         return [
-            f"{_count(len(self.rows), 'convolution')} in {_count(self.runs, 'run')}, {_number(self.macs / 1e9)} GMAC: "
+            f"{_count(len(self.rows), 'convolution')} in {_count(self.runs, 'run')}, {number(self.macs / 1e9)} GMAC: "
             f"{100 * self.share:.3g} % of the program's flops.",
             f"Together they take {self._speed()} ({self._basis()}).",
             *([f"{whose} are lax's: under jconv.accelerate they run as shown."] if of_lax else []),
@@ -656,13 +660,13 @@ def _columns(rows: tuple[Row, ...], layers: bool) -> list[_Column]:
         _Column("direction", [row.direction for row in rows], True),
         _Column("image * kernel", [f"{_x(r.problem.lhs_shape)} * {_x(r.problem.rhs_shape)}" for r in rows], True, 1),
         _Column("runs", runs, rank=0 if any(run != "1" for run in runs) else 2),
-        _Column("MMAC", [_number(row.macs * row.runs / 1e6) for row in rows], rank=3),
+        _Column("MMAC", [number(row.macs * row.runs / 1e6) for row in rows], rank=3),
         _Column("lax ms", [times(row.lax_ns) for row in rows]),
         _Column("jconv ms", [times(row.jconv_ns) for row in rows]),
         _Column("algorithm", [row.algorithm.name for row in rows], True),
         _Column("runner-up", [runner_up(row) for row in rows], True, rank=4),
         _Column("why", [row.reason for row in rows], True, rank=5),
-        _Column("MB workspace", ["" if r.workspace is None else _number(r.workspace / 1e6) for r in rows], rank=6),
+        _Column("MB workspace", ["" if r.workspace is None else number(r.workspace / 1e6) for r in rows], rank=6),
         _Column("refused", [str(len(row.refusals)) for row in rows], rank=7),
     ]
     return columns if layers else [column for column in columns if column.name != "layer"]
@@ -682,10 +686,15 @@ def _count(number: int, what: str) -> str:
 
 
 def _milliseconds(ns: float) -> str:
-    return _number(ns / 1e6)
+    return number(ns / 1e6)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits of a number, without an exponent above.
+
+    >>> number(1234.5), number(0.012345)
+    ('1234', '0.0123')
+    """
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 or value == 0 else f"{value:.1g}"
 
 
