@@ -429,10 +429,12 @@ def explain(fn: Callable[..., Any], *args: Any, platform: str | None = None, **k
     ``fn`` is traced, as by :func:`jconv.accelerate`, and not run. Convolutions of lax's and of jconv's are found, inside
     ``jit``, ``scan``, ``cond`` and the like too, and those of gradients if ``fn`` computes them. Times are measured
     where :func:`jconv.tune` has measured, else the cost model's estimates. What runs under ``autodiff="custom_vjp"``
-    is not seen, nor what no result needs: the gradient of a sum needs no convolution before it. A ``while`` counts one turn, a ``cond`` each branch once, a ``shard_map`` one device.
+    is not seen, nor what no result needs: the gradient of a sum needs no convolution before it. A ``while`` counts one
+    turn, a ``cond`` each branch once, a ``shard_map`` one device.
 
     Flops: two for each multiply-add of convolutions and of dot products; one for each element that an elementwise
-    operation makes, that a reduction reads, that a window of a pooling covers; none for what only moves or converts.
+    operation makes, that a reduction reads, that a window of a pooling covers; none for what only moves or converts. What else there is (an FFT, say) counts as
+    elementwise.
 
     Args:
         fn: a function of arrays, ``jax.grad(loss)`` or a train step among them. An NNX module may be ``fn`` or an
@@ -567,7 +569,9 @@ def _place(step: Step) -> Place:
     layers = (_class_of(function) for file, _, function in frames[:index] if _holds_layers(file))
     layer = next((layer for layer in layers if layer), "")
     name = _class_of(function) or function.rpartition(".")[2]
-    return Place("/".join(part for part in (name, layer) if part and part != "<lambda>") or name, file, line)
+    return Place(
+        "/".join(part for part in (name, layer) if part and part != "<lambda>") or name or "no source", file, line
+    )
 
 
 def _class_of(function: str) -> str:
@@ -600,7 +604,7 @@ _MOVES = frozenset((
     "random_wrap", "reduce_precision", "reshape", "rev", "scatter", "select_n", "sharding_constraint", "slice", "split",
     "squeeze", "transpose",
 ))  # fmt: skip
-_REDUCTIONS = ("reduce", "arg", "cum", "scatter", "sort", "top_k")
+_REDUCTIONS = ("reduce", "arg", "cum", "sort", "top_k")
 
 
 def _flops(equation: Any) -> int:
