@@ -4,7 +4,7 @@
 ``jconv.grad`` are ``torch.nn.functional``'s and ``torch.nn.grad``'s convolutions, ``jconv.nnx`` and
 ``jconv.linen`` Flax layers after ``torch.nn``, ``jconv.interop`` moves weights. ``plan`` and ``plans`` show
 which algorithm runs and why, ``tune`` measures instead of estimating, ``workspace_limit`` bounds temporaries.
-``accelerate`` swaps lax's convolutions for these in any function, ``install`` in the whole process.
+``explain`` shows what runs in a whole program, ``accelerate`` swaps lax's convolutions for these in any function, ``install`` in the whole process.
 """
 
 __version__ = "0.1.0"  # before the imports: the store asks for it
@@ -44,16 +44,17 @@ __all__ = [
     "grad", "install", "lax", "plan", "plans", "uninstall", "workspace_limit",
 ]  # fmt: skip
 
-_ON_FIRST_USE = ("interop", "linen", "nnx", "tuning")
+_ON_FIRST_USE = ("explaining", "interop", "linen", "nnx", "tuning")
+_DOORS = {"explain": "explaining", "tune": "tuning"}
 
 
 def __getattr__(name: str):
     if name in _ON_FIRST_USE:
         return _importlib.import_module(f"jconv.{name}")
-    if name == "tune":
-        return _importlib.import_module("jconv.tuning").tune
+    if name in _DOORS:
+        return getattr(_importlib.import_module(f"jconv.{_DOORS[name]}"), name)
     raise AttributeError(f"module 'jconv' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ON_FIRST_USE, "tune"])
+    return sorted([*globals(), *_ON_FIRST_USE, *_DOORS])

@@ -1,4 +1,4 @@
-"""The command line: ``jconv --version`` and ``jconv tune``.
+"""The command line: ``jconv demo``, ``explain``, ``tune``, ``bench``.
 
 Exit codes: 0 fine, 1 a check failed, 2 bad input. Results go to stdout, everything else to stderr.
 """
@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import typer
@@ -24,7 +24,8 @@ except ImportError as error:
 import jax
 
 import jconv
-from jconv import tuning
+from jconv import bench as benchmark
+from jconv import explaining, target, tuning
 from jconv.errors import ConvError
 from jconv.problem import ConvProblem, integer, layout_of
 
@@ -40,10 +41,138 @@ _OF_A_PROBLEM = {
 
 @app.callback(invoke_without_command=True)
 def options(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
-    """Convolution for JAX and Flax with PyTorch's semantics and a choice of algorithm."""
+    """Convolution for JAX and Flax with PyTorch's semantics and a choice of algorithm.
+
+    Exit codes: 0 fine, 1 a check failed, 2 bad input. Results go to stdout,
+    progress and errors to stderr.
+
+    \b
+    Examples:
+      jconv demo
+      jconv explain mypackage.model:forward --shape 8,224,224,3
+      jconv tune --lhs 8,56,56,64 --rhs 3,3,64,64
+      jconv bench --json
+    """
     if version:
         print(f"jconv {jconv.__version__}, jax {jax.__version__}")
         raise typer.Exit()
+
+
+@app.command()
+def demo(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the timings as JSON, and nothing else.")] = False,
+) -> None:
+    """Explain and time a block of three convolutions.
+
+    Shows what runs in the gradient of the block, then times each convolution
+    with lax and with jconv, forward and both gradients, and compares results,
+    in half a minute. The exit code is 1 if they differ.
+
+    \b
+    Examples:
+      jconv demo
+      jconv demo --json
+    """
+    with _one_sentence():
+        gradient = jax.grad(benchmark.block, (0, 1, 2, 3))
+        report = explaining.explain(gradient, *benchmark.block_arguments())
+        if not as_json:
+            _show(report)
+            print()
+        forwards = {row.place.layer: row.problem for row in report.rows if row.direction == "forward"}
+        timed = benchmark.compare(forwards, seconds=0.3)
+    _checked(timed, as_json)
+
+
+@app.command()
+def explain(
+    target_: Annotated[
+        str, typer.Argument(metavar="TARGET", help="package.module:function, or path/file.py:function.")
+    ],
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SIZES", help="Of an argument, as 8,224,224,3; once for each argument."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="Of the arguments.")] = "float32",
+    grad: Annotated[
+        bool, typer.Option("--grad", help="The gradient of the sum of what it returns, instead of it.")
+    ] = False,
+    platform: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda, rocm or tpu.  [default: that of this machine]")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the time of each layer, as .png, .pdf or .svg.")
+    ] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="First time its convolutions on this device.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Show each convolution of a function, and why it runs so.
+
+    Where it is written, how often it runs, by which algorithm and why, what
+    lax's takes and what jconv's takes.
+
+    The function is traced with arguments of these shapes, and not run. TARGET
+    may be a path of attributes (module:model.encoder); what ends in () is
+    called without arguments first (module:make_model()). It must give a
+    function of arrays, an NNX module, a Linen module, or a pair of one with its
+    variables. --grad differentiates a model by its parameters and a function by
+    its arguments. Modules are found as python -m finds them.
+
+    \b
+    Examples:
+      jconv explain mypackage.model:forward --shape 8,224,224,3
+      jconv explain train.py:make_model() --shape 8,32,32,3 --grad
+      jconv explain layers.py:block --shape 1,64,64,8 --shape 3,3,8,8 \\
+        --plot time.png
+      jconv explain train.py:step --tune --json
+    """
+    with _one_sentence():
+        with _options(dtype="--dtype"):
+            element = tuning.dtype_of(dtype)
+        arguments = [jax.ShapeDtypeStruct(_numbers("--shape", text, 1), element) for text in shape or ()]
+        with contextlib.redirect_stdout(sys.stderr), _options(platform="--platform"):
+            made = target.call(target.load(target_), target_, arguments)
+            if grad:
+                made = target.gradient(made)
+            report = explaining.explain(made.fn, *made.args, platform=platform)
+        failed = False
+        if tune:
+            if report.platform != jax.default_backend():
+                raise ConvError(
+                    f"--tune times this machine's {jax.default_backend()}, not --platform {platform}; leave one of them out"
+                )
+            timed = tuning.tune_problems(row.problem for row in report.rows)
+            failed = any(row.failures for row in timed.rows)
+            report = explaining.explain(made.fn, *made.args, platform=platform)
+        if plot is not None and report.rows:
+            with _options(path="--plot", plot="--plot"):
+                report.plot(plot)
+            print(f"Picture: {plot}", file=sys.stderr)
+    print(report.to_json()) if as_json else _show(report)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    seconds: Annotated[float, typer.Option(metavar="SECONDS", help="For the runs of one convolution.")] = 0.5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Time eight convolutions with lax and with jconv.
+
+    Of well-known networks, each forward and both gradients, in float32, in about a minute: wall time,
+    medians of runs that take turns. The exit code is 1 if results differ. The
+    full benchmark, with networks and other libraries, is make bench in jconv's
+    repository.
+
+    \b
+    Examples:
+      jconv bench
+      jconv bench --seconds 2 --json
+    """
+    with _one_sentence(), _options(seconds="--seconds"):
+        timed = benchmark.compare(benchmark.networks(), seconds=seconds)
+    _checked(timed, as_json)
 
 
 @app.command()
@@ -157,8 +286,7 @@ def tune(
     if as_json:
         print(report.to_json())
     elif problems:
-        console = Console()
-        console.print(report) if console.is_terminal else print(report)
+        _show(report)
     if any(row.failures for row in report.rows):
         raise typer.Exit(1)
 
@@ -169,6 +297,18 @@ def main() -> None:
     if hasattr(signal, "SIGPIPE"):  # in front of `head` end as any other command does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     app()
+
+
+def _show(report: Any) -> None:
+    """rich's table in a terminal, plain text elsewhere."""
+    console = Console()
+    console.print(report) if console.is_terminal else print(report)
+
+
+def _checked(report: benchmark.Report, as_json: bool) -> None:
+    print(report.to_json()) if as_json else _show(report)
+    if not report.agrees:
+        raise typer.Exit(1)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from jax import lax
 
 from jconv.convolve import AlgorithmLike, Autodiff, as_operand, convolve, problems_in
 from jconv.errors import ConvError, ConvTypeError
-from jconv.planner import Plan
+from jconv.planner import Plan, platform_named
 from jconv.planner import plan as _plan
 from jconv.problem import ConvProblem, canonical_precision, dilated, entries, integer, layout_of, positive_tuple
 
@@ -107,7 +107,7 @@ def plan(
         lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
         batch_group_count, precision, preferred_element_type, out_sharding,
     )  # fmt: skip
-    return _plan(problem, _platform(platform))
+    return _plan(problem, platform_named(platform))
 
 
 def plans(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> list[Plan]:
@@ -127,7 +127,7 @@ def plans(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> li
     >>> [p.problem.is_weight_gradient for p in plans(jax.grad(loss), w)]
     [False, True]
     """
-    return [_plan(problem, _platform(platform)) for problem in problems_in(jax.make_jaxpr(fn)(*args).jaxpr)]
+    return [_plan(problem, platform_named(platform)) for problem in problems_in(jax.make_jaxpr(fn)(*args).jaxpr)]
 
 
 def conv(
@@ -349,15 +349,6 @@ def conv_general_dilated_local(
     batch = tuple(p for p, _ in pairs), tuple(r for _, r in pairs)
     out = lax.dot_general(patches, rhs, (((out_spec[1],), (rhs_spec[1],)), batch), precision=precision)
     return jnp.moveaxis(out, (-2, -1), (out_spec[0], out_spec[1]))
-
-
-def _platform(platform: str | None) -> str:
-    known = ("cpu", "gpu", "cuda", "rocm", "tpu", jax.default_backend())
-    if platform is None:
-        return jax.default_backend()
-    if platform not in known:
-        raise ConvError(f"platform must be one of {', '.join(sorted(set(known)))}, got {platform!r}")
-    return platform
 
 
 def _transposed_padding(extent: int, stride: int, padding: str | tuple[int, int]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import jax
 from jax import lax
 
 from jconv.algorithms.base import Algorithm, Cost, operand_bytes
@@ -14,7 +15,7 @@ from jconv.algorithms.table import ALGORITHMS
 from jconv.algorithms.tiling import InParts, within
 from jconv.algorithms.widened import Widened, widened
 from jconv.device import Device, MiB
-from jconv.errors import AlgorithmError, ConvTypeError
+from jconv.errors import AlgorithmError, ConvError, ConvTypeError
 from jconv.problem import ConvProblem, is_static
 from jconv.store import Pairs, calibrated, measured
 
@@ -82,6 +83,20 @@ def plan(problem: ConvProblem, platform: str) -> Plan:
     """The fastest admissible algorithm by what was measured on this device, else by the cost model; a vendor's
     kernels where the device has them and nothing was measured."""
     return plan_given(problem, calibrated(platform), measured(problem, platform))
+
+
+def platform_named(platform: str | None) -> str:
+    """The platform that a caller named, by default that of this process.
+
+    Raises:
+        ConvError: for a name that JAX does not know.
+    """
+    known = ("cpu", "gpu", "cuda", "rocm", "tpu", jax.default_backend())
+    if platform is None:
+        return jax.default_backend()
+    if platform not in known:
+        raise ConvError(f"platform must be one of {', '.join(sorted(set(known)))}, got {platform!r}")
+    return platform
 
 
 @lru_cache(maxsize=4096)

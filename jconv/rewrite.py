@@ -13,9 +13,9 @@ import inspect
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import jax
@@ -26,6 +26,7 @@ from jax.extend import linear_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, Var, jaxpr_as_fun
 from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, remat_p
 from jax.interpreters import ad, batching, mlir
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from jconv import convolve
 from jconv.algorithms.base import Algorithm
@@ -99,12 +100,16 @@ class _Accelerated:
         functools.update_wrapper(self, fn, updated=())
         self._fn, self._wish, self._settings = fn, wish, settings
 
+    @property
+    def _swap(self) -> Swap:
+        return _ToOurs(self._wish)
+
     @functools.cached_property
     def _of_arrays(self) -> Any:
         fn, settings = self._fn, self._settings
         if _is_jitted(fn):
             fn, settings = fn.__wrapped__, _merged(_settings_of(fn), settings)  # pyright: ignore[reportFunctionMemberAccess]
-        return jax.jit(_rewriting(fn, _ToOurs(self._wish)), **settings)
+        return jax.jit(_rewriting(fn, self._swap), **settings)
 
     @functools.cached_property
     def _of_graphs(self) -> Any:
@@ -124,7 +129,7 @@ class _Accelerated:
                 "pass nnx.split's GraphDef as a static argument and its State as a pure one"
             )
         pure = graphs.jitted_fn
-        graphs.jitted_fn = jax.jit(_rewriting(pure.__wrapped__, _ToOurs(self._wish)), **_settings_of(pure))
+        graphs.jitted_fn = jax.jit(_rewriting(pure.__wrapped__, self._swap), **_settings_of(pure))
         return graphs if node is None else functools.partial(graphs, node)
 
     def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -181,6 +186,91 @@ def problem_of(equation: Any) -> ConvProblem | None:
     return _problem(lhs, rhs, equation.params)
 
 
+class Step(NamedTuple):
+    """An equation of a program, with its place in it.
+
+    Attributes:
+        equation: of a jaxpr; it holds no program of its own, or one that works on scalars.
+        runs: how often it runs, the lengths of all scans around it multiplied.
+        in_while: True inside a ``while``, whose turns nobody knows: ``runs`` counts one.
+        scopes: the names around it, of ``jax.named_scope`` and of Linen's modules.
+        transposed: True if reverse mode made it.
+        around: the equations whose programs it is in, the outermost first.
+    """
+
+    equation: Any
+    runs: int
+    in_while: bool
+    scopes: tuple[str, ...]
+    transposed: bool
+    around: tuple[Any, ...]
+
+    @property
+    def frames(self) -> list[tuple[str, int, str]]:
+        """(file, line, function) of the calls that led to it, the innermost first."""
+        tracebacks = (equation.source_info.traceback for equation in (self.equation, *reversed(self.around)))
+        return [(f.file_name, f.line_num, f.function_name) for t in tracebacks if t is not None for f in t.frames]
+
+
+def program_of(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Jaxpr:
+    """The jaxpr of ``fn(*args, **kwargs)`` as :func:`accelerate` traces it, with nothing swapped.
+
+    Args:
+        fn: as in :func:`accelerate`; one that is accelerated has its convolutions swapped.
+        args, kwargs: pytrees of arrays or ``jax.ShapeDtypeStruct``s, NNX modules among them.
+
+    >>> [e.primitive.name for e in program_of(lambda x: 2 * x, 1.0).eqns]
+    ['jit']
+    """
+    traced = (fn if isinstance(fn, _Accelerated) else _Observed(fn, None, {})).trace(*args, **kwargs)
+    return getattr(traced, "traced", traced).jaxpr.jaxpr
+
+
+def needed(program: Jaxpr) -> Jaxpr:
+    """A program without what none of its results needs, as XLA runs it.
+
+    >>> len(list(steps_of(needed(program_of(lambda x: (jnp.sin(x), x)[1], 1.0)))))
+    0
+    """
+    return dce_jaxpr(program, [True] * len(program.outvars))[0]
+
+
+def steps_of(jaxpr: Jaxpr) -> Iterator[Step]:
+    """The equations of a program in its order, those inside ``jit``, ``scan``, ``cond`` (every branch) and the like.
+
+    >>> f = lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c), None), x, length=5)[0]
+    >>> [(s.equation.primitive.name, s.runs) for s in steps_of(program_of(f, 1.0))]
+    [('sin', 5)]
+    """
+    return _steps(jaxpr, 1, False, ())
+
+
+def _steps(jaxpr: Any, runs: int, in_while: bool, around: tuple[Any, ...]) -> Iterator[Step]:
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        inner = [] if name.startswith(_ON_SCALARS + _NOT_ENTERED) else _programs_in(equation.params)
+        if not inner:
+            names = [n for e in (*around, equation) for n in e.source_info.name_stack.stack]
+            scopes = [n.name for n in names if type(n).__name__ == "Scope"]
+            transposed = any(n.name == "transpose" for n in names if type(n).__name__ == "Transform")
+            yield Step(
+                equation, runs, in_while, tuple(scope for scope in scopes if scope != _RECOMPUTED),
+                transposed and _RECOMPUTED not in scopes, around,
+            )  # fmt: skip
+        turns = equation.params["length"] if name == "scan" else 1
+        for program in inner:
+            yield from _steps(program, runs * turns, in_while or name == "while", (*around, equation))
+
+
+_ON_SCALARS = ("reduce", "scatter", "select_and_scatter")
+_RECOMPUTED = "rematted_computation"  # what jax.checkpoint runs anew
+
+
+def _programs_in(params: dict[str, Any]) -> list[Any]:
+    found = jax.tree.leaves(list(params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns"))
+    return [program for program in found if hasattr(program, "eqns")]
+
+
 def _problem(lhs: Any, rhs: Any, params: dict[str, Any]) -> ConvProblem | None:
     given = {name: value for name, value in params.items() if name not in ("precision", "out_sharding")}
     precision, sharding = params["precision"], params["out_sharding"]
@@ -217,6 +307,18 @@ class _ToOurs:
             rhs, problem = turn.invars[0], problem.replace(reversed=True)
         params = {"problem": problem, "wish": self.wish}
         return equation.replace(primitive=conv_p, invars=[lhs, rhs], params=params)
+
+
+class _Observed(_Accelerated):
+    """A program as it is."""
+
+    @property
+    def _swap(self) -> Swap:
+        return _unchanged
+
+
+def _unchanged(equation: Any) -> Any:
+    return equation
 
 
 def _rewriting(fn: Callable[..., Any], swap: Swap) -> Callable[..., Any]:

@@ -35,7 +35,7 @@ from jconv.problem import ConvProblem, integer
 
 __all__ = [
     "DIRECTIONS", "Calibration", "Report", "Row", "calibrate", "export_measurements", "import_measurements",
-    "in_directions", "problem_of", "read_problems", "tune", "tune_problems",
+    "in_directions", "problem_of", "progress", "race", "read_problems", "tune", "tune_problems",
 ]  # fmt: skip
 
 DIRECTIONS: dict[str, Callable[[ConvProblem], ConvProblem]] = {
@@ -225,7 +225,7 @@ def tune_problems(problems: Iterable[ConvProblem], *, seconds: float = 0.5, agai
     found = dict.fromkeys(problem.replace(out_sharding=None) for problem in problems)
     wanted = [p for p in found if store.key_of(p, platform) is not None]
     store.store().reload()
-    with contextlib.closing(_progress(wanted, "tuning")) as steps:
+    with contextlib.closing(progress(wanted, "tuning")) as steps:
         return Report(place, tuple(_tuned(problem, platform, seconds, again) for problem in steps))
 
 
@@ -478,7 +478,7 @@ def _tuned(problem: ConvProblem, platform: str, seconds: float, again: bool) -> 
     known = dict(store.measured(problem, platform))
     timed = len(able) > 1 and (again or not all(a.name in known for a in able))
     if timed:
-        store.store().add([(key, _race(_programs(problem, able), seconds))])
+        store.store().add([(key, race(_programs(problem, able), seconds))])
     pairs = store.measured(problem, platform)
     chosen = plan_given(problem, device, pairs)
     return Row(problem, dict(pairs), chosen.algorithm.name, model.algorithm.name, timed)
@@ -517,7 +517,7 @@ def _yardsticks() -> dict[str, Callable[[], Any]]:
 def _times(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, int]:
     """Nanoseconds of each: the least of the rounds' medians. A first round warms up."""
     medians: dict[str, list[int]] = {name: [] for name in runs}
-    with contextlib.closing(_progress(range(1 + rounds), "calibrating")) as steps:
+    with contextlib.closing(progress(range(1 + rounds), "calibrating")) as steps:
         for _ in steps:
             for name, run in runs.items():
                 medians[name].append(int(statistics.median(_sample(run, medians[name]) for _ in range(_SAMPLES))))
@@ -552,11 +552,18 @@ def _programs(problem: ConvProblem, able: list[Algorithm]) -> dict[str, Callable
     return {algorithm.name: compiler(algorithm) for algorithm in able}
 
 
-def _race(programs: dict[str, Callable[[], Callable[[], Any]]], seconds: float) -> dict[str, int | str]:
+def race(programs: dict[str, Callable[[], Callable[[], Any]]], seconds: float) -> dict[str, int | str]:
     """Median nanoseconds of each program, or the reason why it failed.
 
     The first turn compiles, warms up, and says how many runs make a sample that the clock resolves; it counts for
     the median only if there is no other.
+
+    Args:
+        programs: by name what compiles a program, which gives what runs it once.
+        seconds: for all runs together, compiling not counted.
+
+    >>> race({"sum": lambda: lambda: sum(range(9)), "broken": lambda: 1 / 0}, 0)["broken"]
+    'ZeroDivisionError: division by zero'
     """
     samples: dict[str, list[int]] = {name: [] for name in programs}
     runs: dict[str, Callable[[], Any]] = {}
@@ -597,8 +604,12 @@ def _sample(run: Callable[[], Any], before: list[int]) -> int:
     return max(1, (_now() - start) // repeats)
 
 
-def _progress(items: Sequence[_T], title: str) -> Generator[_T]:
-    """The items, with a bar on stderr where that is a terminal and rich is installed."""
+def progress(items: Sequence[_T], title: str) -> Generator[_T]:
+    """The items, with a bar on stderr where that is a terminal and rich is installed.
+
+    >>> list(progress([1, 2], "counting"))
+    [1, 2]
+    """
     try:
         from rich.console import Console
         from rich.progress import track

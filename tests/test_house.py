@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import jconv
-from jconv import device, store
+from jconv import bench, device, store, target
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jconv"
@@ -45,8 +45,8 @@ FLOORS = {
             ("planner",),
             ("convolve", "functional.arguments"),
             ("lax", "rewrite", "grad", "tuning", "functional.nd", "functional.pad", "functional.fold"),
-            ("functional.conv", "layers"),
-            ("functional",),
+            ("functional.conv", "layers", "explaining"),
+            ("functional", "target", "bench"),
             ("nnx", "linen", "cli"),
         ),
         start=1,
@@ -101,10 +101,12 @@ def test_who_may_import_what(module):
         if package == "typer":
             assert module == "cli"
         if package == "rich":
-            assert module == "cli" or (module == "tuning" and not top)
+            assert module == "cli" or (module in ("tuning", "explaining", "bench") and not top)
+        if package == "matplotlib":
+            assert module == "explaining" and not top
         if package == "platformdirs":
             assert module == "store" and not top
-        assert package not in ("torch", "matplotlib"), f"{module} imports {imported}"
+        assert package != "torch", f"{module} imports {imported}"
         if imported.startswith(("jax.interpreters", "jax.extend")):
             assert module in ("convolve", "rewrite")
         assert not imported.startswith("jax._src")
@@ -119,11 +121,11 @@ before = set(sys.modules)
 import jconv
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 assert not new & {"flax", "torch", "safetensors", "rich", "optax", "matplotlib", "platformdirs"}, new
-jconv.tune
-assert not {"flax", "rich", "typer", "platformdirs"} & set(sys.modules)
+jconv.tune, jconv.explain
+assert not {"flax", "rich", "typer", "platformdirs", "matplotlib"} & set(sys.modules)
 jconv.nnx, jconv.linen, jconv.interop
 assert "flax" in sys.modules and "torch" not in sys.modules
-assert {"nnx", "linen", "interop", "tune", "tuning"} <= set(dir(jconv))
+assert {"nnx", "linen", "interop", "tune", "tuning", "explain"} <= set(dir(jconv))
 try:
     jconv.nonsense
 except AttributeError as error:
@@ -186,7 +188,8 @@ assert total > 60, total
 
 
 def public():
-    for module in (jconv.lax, jconv.rewrite, jconv.functional, jconv.grad, jconv.tuning):
+    modules = (jconv.lax, jconv.rewrite, jconv.functional, jconv.grad, jconv.tuning, jconv.explaining)
+    for module in (*modules, bench, target):
         for name in dir(module):
             value = getattr(module, name)
             if callable(value) and getattr(value, "__module__", "").startswith(module.__name__) and name[0].islower():
@@ -228,14 +231,36 @@ def test_version_is_in_the_changelog():
     assert f"## {jconv.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_plan_in_the_readme_is_what_is_printed(monkeypatch):
+def shipped(monkeypatch):
     """The figures of the cost model, as the README shows them: on two threads, by the constants that are shipped."""
-    import jax
-    import jax.numpy as jnp
-
     monkeypatch.setattr(device, "threads", lambda: 2)
     monkeypatch.setattr(device, "_limit", 32 * device.MiB)
     monkeypatch.setattr(store, "store", lambda: store.Store(None))
+
+
+def test_the_table_in_the_readme_is_what_is_printed(monkeypatch):
+    """By its own example, but for the first line, which names the processor, and the share, which is JAX's version's."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    shipped(monkeypatch)
+    (example,) = [block for block in python_blocks(ROOT / "README.md") if "jconv.explain(" in block]
+    names = {"jax": jax, "jnp": jnp, "nnx": nnx, "jconv": jconv}
+    with jax.enable_x64(False):
+        exec(compile(example.partition("report.plot")[0], "model.py", "exec"), names)
+    table, text = (
+        re.sub(r"[\d.]+ %", "%", text)
+        for text in (str(names["report"]).partition("\n")[2], (ROOT / "README.md").read_text())
+    )
+    assert table in text, table
+
+
+def test_the_plan_in_the_readme_is_what_is_printed(monkeypatch):
+    import jax
+    import jax.numpy as jnp
+
+    shipped(monkeypatch)
     x, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 56, 56, 144), (3, 3, 1, 144)))
     p = jconv.plan(
         x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=144, platform="cpu"

@@ -425,7 +425,7 @@ def test_what_is_known_is_not_timed_again(monkeypatch, folder):
         raced.append(set(programs))
         return dict.fromkeys(programs, 7) | {"im2col": 3}
 
-    monkeypatch.setattr(tuning, "_race", race)
+    monkeypatch.setattr(tuning, "race", race)
     report = jconv.tune(conv, X, W)
     assert not raced and not report.rows[0].timed and report.rows[0].winner == "xla"
     assert "1 of 1 had been measured before" in str(report)
@@ -437,7 +437,7 @@ def test_what_is_known_is_not_timed_again(monkeypatch, folder):
 
 
 def test_nothing_is_timed_where_there_is_no_choice(monkeypatch):
-    monkeypatch.setattr(tuning, "_race", None)
+    monkeypatch.setattr(tuning, "race", None)
     empty = DENSE.replace(lhs_shape=(0, 3, 8, 8))
     report = tuning.tune_problems([empty])
     assert [(r.winner, r.times, r.timed, r.speedup) for r in report.rows] == [("xla", {}, False, None)]
@@ -453,7 +453,7 @@ def test_an_interrupt_keeps_what_was_finished(monkeypatch, folder):
             raise found
         return found
 
-    monkeypatch.setattr(tuning, "_race", race)
+    monkeypatch.setattr(tuning, "race", race)
     with pytest.raises(KeyboardInterrupt):
         tuning.tune_problems([DENSE, weight_problem(DENSE)])
     forget()
@@ -513,45 +513,45 @@ def test_a_clear_loser_runs_twice(monkeypatch):
         "fast": clock.program("fast", 10 * MS),
         "near": clock.program("near", 15 * MS),
     }
-    assert tuning._race(programs, 100) == {"slow": 25 * MS, "fast": 10 * MS, "near": 15 * MS}
+    assert tuning.race(programs, 100) == {"slow": 25 * MS, "fast": 10 * MS, "near": 15 * MS}
     assert clock.calls == {"slow": 2, "fast": 1 + tuning._TURNS, "near": 1 + tuning._TURNS}
 
 
 def test_a_loser_of_seconds_runs_once(monkeypatch):
     clock = Clock(monkeypatch)
     programs = {"slow": clock.program("slow", 3000 * MS), "fast": clock.program("fast", 10 * MS)}
-    assert tuning._race(programs, 100) == {"slow": 3000 * MS, "fast": 10 * MS}
+    assert tuning.race(programs, 100) == {"slow": 3000 * MS, "fast": 10 * MS}
     assert clock.calls == {"slow": 1, "fast": 4}
 
 
 def test_a_slow_first_run_is_no_loss(monkeypatch):
     clock = Clock(monkeypatch)
     programs = {"late": clock.program("late", 900 * MS, 5 * MS), "even": clock.program("even", 10 * MS)}
-    assert tuning._race(programs, 100) == {"late": 5 * MS, "even": 10 * MS}
+    assert tuning.race(programs, 100) == {"late": 5 * MS, "even": 10 * MS}
 
 
 def test_a_hiccup_does_not_decide_between_short_programs(monkeypatch):
     clock = Clock(monkeypatch)
     programs = {"late": clock.program("late", 5 * MS, 4 * MS, MS // 25), "even": clock.program("even", MS // 5)}
-    assert tuning._race(programs, 100) == {"late": MS // 25, "even": MS // 5}
+    assert tuning.race(programs, 100) == {"late": MS // 25, "even": MS // 5}
 
 
 def test_the_budget_ends_the_turns(monkeypatch):
     clock = Clock(monkeypatch)
     programs = {name: clock.program(name, 100 * MS) for name in "ab"}
-    tuning._race(programs, 0.5)
+    tuning.race(programs, 0.5)
     assert clock.calls == {"a": 4, "b": 4}
-    assert tuning._race({name: clock.program(name, MS) for name in "cd"}, 0) == {"c": MS, "d": MS}
+    assert tuning.race({name: clock.program(name, MS) for name in "cd"}, 0) == {"c": MS, "d": MS}
     assert clock.calls["c"] == 2
 
 
 def test_short_programs_are_repeated_and_medians_taken(monkeypatch):
     clock = Clock(monkeypatch)
-    assert tuning._race({"a": clock.program("a", MS // 10)}, 100) == {"a": MS // 10}
+    assert tuning.race({"a": clock.program("a", MS // 10)}, 100) == {"a": MS // 10}
     assert clock.calls == {"a": 1 + 10 * 3}
     times = [10 * MS, 30 * MS, 11 * MS, 12 * MS, 10 * MS]
     programs = {"b": clock.program("b", *times), "c": clock.program("c", 10 * MS)}
-    assert tuning._race(programs, 0.07) == {"b": 12 * MS, "c": 10 * MS}
+    assert tuning.race(programs, 0.07) == {"b": 12 * MS, "c": 10 * MS}
     assert clock.calls["b"] == 1 + 3, "the first run is not in the median"
 
 
@@ -565,7 +565,7 @@ def test_a_program_that_breaks_later_has_failed(monkeypatch):
         if error:
             raise error
 
-    result = tuning._race({"flaky": lambda: flaky, "fast": clock.program("fast", 10 * MS)}, 100)
+    result = tuning.race({"flaky": lambda: flaky, "fast": clock.program("fast", 10 * MS)}, 100)
     assert result == {"flaky": "MemoryError: no more", "fast": 10 * MS}
 
 
@@ -692,7 +692,7 @@ def test_the_command_reads_the_benchmarks_problems(monkeypatch, tmp_path):
     problems = tuning.read_problems(ROOT / "benchmarks" / "conv_problems.json", directions=("forward",))
     for row, problem in zip(rows, problems, strict=True):
         assert problem.output_shape == (row["mb"], row["oc"], *(row[f"o{a}"] for a in "dhw"[3 - row["nd"] :]))
-    monkeypatch.setattr(tuning, "_race", lambda programs, seconds: dict.fromkeys(programs, 5))
+    monkeypatch.setattr(tuning, "race", lambda programs, seconds: dict.fromkeys(programs, 5))
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows[:2]))
     assert len(json.loads(run("tune", path, "--json").stdout)["rows"]) == 6
@@ -805,7 +805,7 @@ def test_a_record_of_no_problem_is_a_sentence(tmp_path):
 
 
 def test_a_failed_algorithm_is_exit_code_1(monkeypatch):
-    monkeypatch.setattr(tuning, "_race", lambda programs, seconds: {"xla": 5, "im2col": "RuntimeError: broke"})
+    monkeypatch.setattr(tuning, "race", lambda programs, seconds: {"xla": 5, "im2col": "RuntimeError: broke"})
     done = run("tune", *PROBLEM)
     assert done.exit_code == 1 and "im2col failed on" in done.stdout
 
