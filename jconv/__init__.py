@@ -4,6 +4,7 @@
 ``jconv.grad`` are ``torch.nn.functional``'s and ``torch.nn.grad``'s convolutions, ``jconv.nnx`` and
 ``jconv.linen`` Flax layers after ``torch.nn``, ``jconv.interop`` moves weights. ``plan`` and ``plans`` show
 which algorithm runs and why, ``tune`` measures instead of estimating, ``workspace_limit`` bounds temporaries.
+``accelerate`` swaps lax's convolutions for these in any function, ``install`` in the whole process.
 """
 
 __version__ = "0.1.0"  # before the imports: the store asks for it
@@ -32,12 +33,15 @@ from jconv.lax import plan as plan
 from jconv.lax import plans as plans
 from jconv.planner import Plan as Plan
 from jconv.problem import ConvProblem as ConvProblem
+from jconv.rewrite import accelerate as accelerate
+from jconv.rewrite import install as install
+from jconv.rewrite import uninstall as uninstall
 
 __all__ = [
     "ALGORITHMS", "Algorithm", "AlgorithmError", "ConvError", "ConvProblem", "ConvTypeError", "Cost", "Plan",
-    "StateDictError", "conv", "conv_general_dilated", "conv_general_dilated_local", "conv_general_dilated_patches",
-    "conv_transpose", "conv_with_general_padding", "dots_saveable", "functional", "grad", "lax", "plan", "plans",
-    "workspace_limit",
+    "StateDictError", "accelerate", "conv", "conv_general_dilated", "conv_general_dilated_local",
+    "conv_general_dilated_patches", "conv_transpose", "conv_with_general_padding", "dots_saveable", "functional",
+    "grad", "install", "lax", "plan", "plans", "uninstall", "workspace_limit",
 ]  # fmt: skip
 
 _ON_FIRST_USE = ("interop", "linen", "nnx", "tuning")

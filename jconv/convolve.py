@@ -53,7 +53,7 @@ def convolve(
         ConvError: for an unknown ``autodiff``.
     """
     bind = _binder(problem, algorithm, autodiff)
-    return bind(*_equally_varying(jnp.asarray(lhs), jnp.asarray(rhs)), problem)
+    return bind(*_equally_varying(_array(lhs), _array(rhs)), problem)
 
 
 def input_gradient(
@@ -61,7 +61,7 @@ def input_gradient(
 ) -> jax.Array:
     """d/dlhs of ``sum(grad * convolve(lhs, rhs, problem))``, in lhs's layout and shape."""
     bind = _binder(input_problem(problem), algorithm, autodiff)
-    return _input_rule(bind, *_equally_varying(jnp.asarray(grad), jnp.asarray(rhs)), problem)
+    return _input_rule(bind, *_equally_varying(_array(grad), _array(rhs)), problem)
 
 
 def weight_gradient(
@@ -69,7 +69,7 @@ def weight_gradient(
 ) -> jax.Array:
     """d/drhs of ``sum(grad * convolve(lhs, rhs, problem))``, in rhs's layout and shape."""
     bind = _binder(weight_problem(problem), algorithm, autodiff)
-    return _weight_rule(bind, *_equally_varying(jnp.asarray(lhs), jnp.asarray(grad)), problem)
+    return _weight_rule(bind, *_equally_varying(_array(lhs), _array(grad)), problem)
 
 
 def as_operand(name: str, value: Any) -> jax.Array:
@@ -79,6 +79,10 @@ def as_operand(name: str, value: Any) -> jax.Array:
     if not isinstance(value, np.ndarray | np.generic):
         raise ConvTypeError(f"{name} must be an array, got {type(value).__name__}; wrap it in jnp.asarray(...)")
     return jnp.asarray(value)
+
+
+def _array(x: Any) -> jax.Array:
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
 def _binder(problem: ConvProblem, algorithm: AlgorithmLike, autodiff: str) -> Bind:
@@ -156,13 +160,18 @@ def _lower(ctx: Any, lhs: Any, rhs: Any, *, problem: ConvProblem, wish: Algorith
     return mlir.lower_fun(_runner(chosen, problem), multiple_results=False)(ctx, lhs, rhs)
 
 
+def run_algorithm(run: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
+    """``jconv.install`` has another in its place, so that a lax convolution of an algorithm's stays lax's."""
+    return run(*operands)
+
+
 @functools.lru_cache(maxsize=4096)
 def _runner(algorithm: Algorithm, problem: ConvProblem) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """The algorithm as an inner jit, so that equal convolutions of a program are traced and lowered once."""
 
     def run(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         with jax.named_scope(f"jconv.{algorithm.name}"):
-            out = algorithm.run(problem, lhs, rhs)
+            out = run_algorithm(functools.partial(algorithm.run, problem), lhs, rhs)
         if out.shape != problem.physical_output_shape or out.dtype != problem.out_dtype:
             raise AlgorithmError(
                 f"algorithm {algorithm.name!r} gave {out.dtype}{list(out.shape)}, but the convolution's result is "

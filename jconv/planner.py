@@ -222,6 +222,8 @@ def _with_measurement(candidate: Candidate, found: int | str | None) -> Candidat
 
 def _sized(problem: ConvProblem) -> ConvProblem:
     """The problem with a guess in place of every symbolic size, for the cost model only."""
+    if is_static(*problem.lhs_shape, *problem.rhs_shape):
+        return problem
 
     def guess(shape: tuple[Any, ...]) -> tuple[int, ...]:
         return tuple(d if is_static(d) else _BATCH_GUESS for d in shape)

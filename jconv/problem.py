@@ -80,6 +80,26 @@ class ConvProblem:
             ConvError: for values that describe no convolution (:class:`ConvTypeError` where lax
                 raises ``TypeError``), with the argument, what came, and the remedy.
         """
+        given = (
+            window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
+            batch_group_count, precision, preferred_element_type, out_sharding,
+        )  # fmt: skip
+        key = _key(lhs, rhs, given)
+        known = None if key is None else _known.get(key)
+        if known is None:
+            known = cls._of(lhs, rhs, *given)
+            if key is not None:
+                if len(_known) >= _MOST_KNOWN:
+                    _known.clear()
+                _known[key] = known
+        return known
+
+    @classmethod
+    def _of(
+        cls, lhs: Any, rhs: Any, window_strides: Any, padding: Any, lhs_dilation: Any, rhs_dilation: Any,
+        dimension_numbers: Any, feature_group_count: Any, batch_group_count: Any, precision: Any,
+        preferred_element_type: Any, out_sharding: Any,
+    ) -> ConvProblem:  # fmt: skip
         lhs_dtype, rhs_dtype = _dtype("lhs", lhs), _dtype("rhs", rhs)
         if lhs_dtype != rhs_dtype:
             raise ConvTypeError(
@@ -170,7 +190,7 @@ class ConvProblem:
         """True for one input feature a group; its kernel gradient is a problem of another shape."""
         return self.feature_groups > 1 and self.rhs_shape[1] == 1
 
-    @property
+    @cached_property
     def is_weight_gradient(self) -> bool:
         """True for the shape of a kernel gradient: a large window that yields a small output, or one whose holes are
         as wide as the output, as that of patches. Batch groups, which the kernel gradient of feature groups has, tip
@@ -181,7 +201,7 @@ class ConvProblem:
         of_patches = output > 1 and self.rhs_dilation == self.output_shape[2:] and max(self.strides) == 1
         return window > output or of_patches or (self.batch_groups > 1 and window == output)
 
-    @property
+    @cached_property
     def is_empty(self) -> bool:
         return any(is_static(d) and d == 0 for d in (*self.lhs_shape, *self.rhs_shape, *self.output_shape))
 
@@ -207,6 +227,43 @@ class ConvProblem:
         return ", ".join(parts)
 
 
+# The problems of arguments that were parsed before: an eager call spends more time on parsing than on anything else.
+
+_MOST_KNOWN = 4096
+_known: dict[Any, ConvProblem] = {}
+
+
+def _key(lhs: Any, rhs: Any, given: tuple[Any, ...]) -> Any:
+    """The arguments, hashable, with the settings that they are read under; None where equal keys might not mean equal
+    problems: 1, 1.0 and True are equal, and not all are admitted."""
+    try:
+        config: Any = jax.config
+        return (
+            _exact(lhs.shape), lhs.dtype, _exact(rhs.shape), rhs.dtype, _exact(given),
+            config.jax_enable_x64, config.jax_default_matmul_precision,
+        )  # fmt: skip
+    except (AttributeError, TypeError):
+        return None
+
+
+def _exact(value: Any) -> Any:
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if kind in _SEQUENCES:
+        for v in value:
+            if type(v) is not int:
+                return tuple(map(_exact, value))
+        return tuple(value)
+    if isinstance(value, np.dtype | type):
+        return value
+    raise TypeError
+
+
+_ATOMS = frozenset((int, str, type(None), lax.Precision))
+_SEQUENCES = frozenset((tuple, list, lax.ConvDimensionNumbers))
+
+
 def dilated(sizes: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
     """Sizes after ``d - 1`` holes between neighbours; nothing stays nothing."""
     return tuple(0 if is_static(s) and s == 0 else 1 + d * (s - 1) for s, d in zip(sizes, dilation, strict=True))
@@ -214,7 +271,10 @@ def dilated(sizes: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
 
 def is_static(*dims: Any) -> bool:
     """False if a dimension is symbolic, as in an export with a symbolic batch."""
-    return not any(hasattr(d, "scope") for d in dims)
+    for d in dims:  # noqa: SIM110 - a plan asks a hundred times
+        if type(d) is not int and hasattr(d, "scope"):
+            return False
+    return True
 
 
 def integer(name: str, value: Any, minimum: int) -> int:

@@ -1,0 +1,605 @@
+"""lax's convolutions as jconv's, in any JAX program: ``accelerate`` for one function, ``install`` for the process.
+
+``accelerate`` traces a function, swaps each ``conv_general_dilated`` equation of its jaxpr, and of the jaxprs inside
+it, for jconv's primitive, and stages the result as one inner jit. Rules that JAX traces later (those of custom_jvp,
+custom_vjp and custom_vmap) are rewritten when they are traced. ``install`` re-registers the lowering of lax's
+primitive instead, so that no program need be traced anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import jax
+from jax import lax
+from jax.core import Tracer
+from jax.custom_derivatives import SymbolicZero
+from jax.extend import linear_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, jaxpr_as_fun
+from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, remat_p
+from jax.interpreters import ad, batching, mlir
+
+from jconv import convolve
+from jconv.algorithms.base import Algorithm
+from jconv.convolve import AlgorithmLike, conv_p
+from jconv.errors import ConvError, ConvTypeError
+from jconv.planner import named
+from jconv.problem import ConvProblem
+
+Numbers = int | Sequence[int] | None
+Names = str | Iterable[str] | None
+
+
+def accelerate(
+    fn: Callable[..., Any],
+    *,
+    algorithm: AlgorithmLike = "auto",
+    static_argnums: Numbers = None,
+    static_argnames: Names = None,
+    donate_argnums: Numbers = None,
+    donate_argnames: Names = None,
+) -> Callable[..., Any]:
+    """``fn``, jitted, with jconv's convolution in place of each of lax's: those of Flax, Haiku, jax.numpy, and so on.
+
+    Convolutions inside ``jit``, ``scan``, ``while``, ``cond``, ``checkpoint``, ``shard_map``, custom derivatives and
+    the like are swapped too; those that jconv cannot express stay lax's. ``grad(accelerate(f))`` differentiates
+    jconv's convolution, ``accelerate(grad(f))`` swaps those that lax's derivatives are made of. Under
+    ``jax.disable_jit`` the function runs as it is.
+
+    Args:
+        fn: a function of pytrees of arrays, traced as ``jax.jit`` traces it, once for each signature. The settings
+            of one that is jitted (static and donated arguments, shardings) hold without being named again. A Flax
+            NNX module may be ``fn``, or its method, or any argument: then ``fn`` runs as under ``nnx.jit``, and what
+            it does to the state of its arguments is done to the caller's objects.
+        algorithm: ``"auto"``, a name, or an Algorithm, which serves where it can; the planner chooses elsewhere.
+        static_argnums, static_argnames, donate_argnums, donate_argnames: as in ``jax.jit``.
+
+    Returns:
+        A function with ``lower``, ``trace``, ``eval_shape`` and ``clear_cache``, as ``jax.jit`` returns; every
+        transformation of JAX takes it, and ``jax.export``.
+
+    Raises:
+        AlgorithmError: if no algorithm has that name.
+        ConvTypeError: if ``fn`` is no function, and in the call, if it needs the value of an argument.
+
+    >>> x, w = jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 3, 3))
+    >>> f = accelerate(lambda x, w: jax.lax.conv(x, w, (1, 1), "SAME").sum())
+    >>> float(f(x, w)), "= jconv[" in str(jax.make_jaxpr(jax.grad(f))(x, w))
+    (5808.0, True)
+    """
+    wish = named(algorithm)
+    if not callable(fn):
+        raise ConvTypeError(f"fn must be a function of arrays, got {type(fn).__name__}; pass what you would jit")
+    if any(kind(fn) for kind in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)):
+        raise ConvTypeError(f"fn must return arrays, got {_name(fn)}, whose calls return an iterator or a coroutine")
+    settings = {
+        "static_argnums": _numbers(static_argnums),
+        "static_argnames": _names(static_argnames),
+        "donate_argnums": _numbers(donate_argnums),
+        "donate_argnames": _names(donate_argnames),
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if isinstance(fn, _Accelerated):
+        return _Accelerated(fn._fn, fn._wish, _merged(fn._settings, settings))
+    return _Accelerated(fn, wish, settings)
+
+
+class _Accelerated:
+    """A jitted function of arrays, and, from the first call that holds an NNX graph node, one of graphs."""
+
+    def __init__(self, fn: Callable[..., Any], wish: Algorithm | None, settings: dict[str, Any]) -> None:
+        functools.update_wrapper(self, fn, updated=())
+        self._fn, self._wish, self._settings = fn, wish, settings
+
+    @functools.cached_property
+    def _of_arrays(self) -> Any:
+        fn, settings = self._fn, self._settings
+        if _is_jitted(fn):
+            fn, settings = fn.__wrapped__, _merged(_settings_of(fn), settings)  # pyright: ignore[reportFunctionMemberAccess]
+        return jax.jit(_rewriting(fn, _ToOurs(self._wish)), **settings)
+
+    @functools.cached_property
+    def _of_graphs(self) -> Any:
+        nnx, fn, settings = sys.modules["flax.nnx"], self._fn, self._settings
+        node = _graph_of(fn)
+        if node is not None:
+            fn = type(node).__call__ if fn is node else fn.__func__  # pyright: ignore[reportFunctionMemberAccess]
+            settings = {k: tuple(i + (i >= 0) for i in v) if "nums" in k else v for k, v in settings.items()}
+        inner = fn if _is_jitted(fn) else getattr(fn, "jitted_fn", None)
+        if _is_jitted(inner):
+            found = _settings_of(inner)
+            settings = _merged({k: v for k, v in found.items() if k.startswith(("static", "donate"))}, settings)
+        graphs = nnx.jit(fn, **settings)
+        if not _is_jitted(getattr(graphs, "jitted_fn", None)):
+            raise ConvError(
+                f"accelerate knows no way to keep the state of NNX modules with flax {sys.modules['flax'].__version__}; "
+                "pass nnx.split's GraphDef as a static argument and its State as a pure one"
+            )
+        pure = graphs.jitted_fn
+        graphs.jitted_fn = jax.jit(_rewriting(pure.__wrapped__, _ToOurs(self._wish)), **_settings_of(pure))
+        return graphs if node is None else functools.partial(graphs, node)
+
+    def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nnx = sys.modules.get("flax.nnx")
+        if nnx is None or not hasattr(nnx, "Optimizer"):
+            return self._of_arrays
+        graphs = _graph_of(self._fn) is not None or _hold_graphs(nnx, args, kwargs)
+        return self._of_graphs if graphs else self._of_arrays
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._serving(args, kwargs)(*args, **kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        return _method(self._serving(args, kwargs), "trace")(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        return _method(self._serving(args, kwargs), "lower")(*args, **kwargs)
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        return _method(self._serving(args, kwargs), "eval_shape")(*args, **kwargs)
+
+    def clear_cache(self) -> None:
+        self.__dict__.pop("_of_graphs", None)
+        self._of_arrays.clear_cache()
+
+    def _cache_size(self) -> int:
+        return self._of_arrays._cache_size()
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __repr__(self) -> str:
+        return f"<accelerated {_name(self._fn)}>"
+
+
+def problem_of(equation: Any) -> ConvProblem | None:
+    """The problem that an equation of a jaxpr poses, lax's convolution or jconv's.
+
+    Args:
+        equation: one of ``jaxpr.eqns``.
+
+    Returns:
+        A ConvProblem; None for any other equation, and for a convolution that a ConvProblem cannot express.
+
+    >>> jaxpr = jax.make_jaxpr(lambda x, w: jax.lax.conv(x, w, (1,), "VALID"))(jnp.ones((1, 2, 5)), jnp.ones((3, 2, 3)))
+    >>> print(problem_of(jaxpr.eqns[0]))
+    float32 1x2x5 * 3x2x3 -> 1x3x3
+    """
+    if equation.primitive is conv_p:
+        return equation.params["problem"]
+    if equation.primitive is not lax.conv_general_dilated_p:
+        return None
+    lhs, rhs = (v.aval for v in equation.invars)
+    return _problem(lhs, rhs, equation.params)
+
+
+def _problem(lhs: Any, rhs: Any, params: dict[str, Any]) -> ConvProblem | None:
+    given = {name: value for name, value in params.items() if name not in ("precision", "out_sharding")}
+    precision, sharding = params["precision"], params["out_sharding"]
+    if isinstance(precision, tuple) and precision[0] == precision[1]:
+        precision = precision[0]
+    if sharding is not None and jax.sharding.AxisType.Explicit not in getattr(sharding.mesh, "axis_types", ()):
+        sharding = None  # derivatives name one in every mesh
+    try:
+        # lax has put the default of jax_default_matmul_precision where none was given.
+        return ConvProblem.of(lhs, rhs, **given, out_sharding=sharding).replace(precision=precision)
+    except ConvError:
+        return None
+
+
+# A call with its convolutions swapped. A swap is a function of lax's equation to another, or to itself.
+
+Swap = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class _ToOurs:
+    wish: Algorithm | None
+
+    def __call__(self, equation: Any) -> Any:
+        problem = problem_of(equation)
+        if problem is None:
+            return equation
+        return equation.replace(primitive=conv_p, params={"problem": problem, "wish": self.wish})
+
+
+def _rewriting(fn: Callable[..., Any], swap: Swap) -> Callable[..., Any]:
+    @functools.wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+            return fn(*args, **kwargs)
+        try:
+            return _call(fn, swap, args, kwargs)
+        except jax.errors.ConcretizationTypeError as error:
+            raise ConvTypeError(
+                f"accelerate traces its function as jax.jit does, but {_name(fn)} needs the value of an array; name "
+                f"arguments that are no arrays in static_argnums or static_argnames, or use lax.cond and its like "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+
+    return run
+
+
+def _call(fn: Callable[..., Any], swap: Swap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``fn(*args, **kwargs)`` under a trace, as one inner jit with its convolutions swapped. What is no tracer among the
+    leaves of the arguments is static."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    traced = [isinstance(leaf, Tracer) for leaf in leaves]
+    out_tree: Any = None
+
+    @functools.wraps(fn)
+    def pure(*live: Any) -> Any:
+        nonlocal out_tree
+        rest = iter(live)
+        a, k = tree.unflatten([next(rest) if is_live else leaf for leaf, is_live in zip(leaves, traced, strict=True)])
+        out = fn(*a, **k)
+        out_tree = jax.tree.structure(out)
+        return out
+
+    live = [leaf for leaf, is_live in zip(leaves, traced, strict=True) if is_live]
+    closed = jax.make_jaxpr(jax.jit(pure))(*live)
+    return out_tree.unflatten(jaxpr_as_fun(_rewritten(closed, swap))(*live))
+
+
+# Jaxprs. What was rewritten stays shared where it was shared, or JAX would trace and lower each use of it on its own.
+# A memo lives as long as the jaxpr that it is for; None stands for the jaxpr itself.
+
+_memos: dict[Swap, WeakKeyDictionary[Any, Any]] = {}
+_NOT_ENTERED = ("pallas_call",)
+
+
+def _rewritten(jaxpr: Any, swap: Swap) -> Any:
+    """A Jaxpr or ClosedJaxpr with every lax convolution swapped; itself where none was."""
+    memo = _memos.setdefault(swap, WeakKeyDictionary())
+    if jaxpr in memo:
+        found = memo[jaxpr]
+        return jaxpr if found is None else found
+    if isinstance(jaxpr, ClosedJaxpr):
+        inner = _rewritten(jaxpr.jaxpr, swap)
+        new = None if inner is jaxpr.jaxpr else ClosedJaxpr(inner, jaxpr.consts)
+    else:
+        equations = [_equation(equation, swap) for equation in jaxpr.eqns]
+        same = all(a is b for a, b in zip(equations, jaxpr.eqns, strict=True))
+        new = None if same else jaxpr.replace(eqns=equations)
+    memo[jaxpr] = new
+    return jaxpr if new is None else new
+
+
+def _equation(equation: Any, swap: Swap) -> Any:
+    primitive, params = equation.primitive, equation.params
+    if primitive is lax.conv_general_dilated_p:
+        return swap(equation)
+    if primitive is conv_p or primitive.name in _NOT_ENTERED:
+        return equation
+    new = {name: _value(value, swap) for name, value in params.items()}
+    if primitive is custom_jvp_call_p:
+        new["jvp_jaxpr_fun"] = _later(params["jvp_jaxpr_fun"], swap)
+    elif primitive is custom_vjp_call_p:
+        new["fwd_jaxpr_thunk"] = _later(params["fwd_jaxpr_thunk"], swap)
+        new["bwd"] = _backward(params["bwd"], swap)
+    elif primitive is remat_p and params.get("policy") is not None:
+        new["policy"] = _Policy(params["policy"])
+    elif primitive.name == "custom_vmap_call":
+        new["rule"] = _mapped(params["rule"], swap)
+    return equation if all(new[name] is params[name] for name in new) else equation.replace(params=new)
+
+
+def _value(value: Any, swap: Swap) -> Any:
+    if isinstance(value, ClosedJaxpr | Jaxpr):
+        return _rewritten(value, swap)
+    if isinstance(value, tuple | list):
+        new = [_value(v, swap) for v in value]
+        if any(a is not b for a, b in zip(new, value, strict=True)):
+            return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+    return value
+
+
+# Rules that JAX traces when they are needed, if ever.
+
+
+def _later(thunk: Any, swap: Swap) -> Any:
+    """A function of which inputs have derivatives, that gives a jaxpr first."""
+
+    def rewritten(*zeros: Any) -> Any:
+        jaxpr, *rest = thunk.call_wrapped(*zeros)
+        return (_rewritten(jaxpr, swap), *rest)
+
+    return linear_util.wrap_init(rewritten, debug_info=thunk.debug_info)
+
+
+def _backward(rule: Any, swap: Swap) -> Any:
+    """A flat function of residuals and cotangents, symbolic zeros among them, to cotangents, zeros among them."""
+
+    def rewritten(*operands: Any) -> Any:
+        live = [x for x in operands if not _is_symbolic(x)]
+        symbolic: list[Any] = []
+
+        def numeric(*live: Any) -> list[Any]:
+            rest = iter(live)
+            out = rule.call_wrapped(*(x if _is_symbolic(x) else next(rest) for x in operands))
+            symbolic[:] = [x if _is_symbolic(x) else ... for x in out]
+            return [x for x in out if not _is_symbolic(x)]
+
+        closed = jax.make_jaxpr(jax.jit(numeric))(*live)
+        results = iter(jaxpr_as_fun(_rewritten(closed, swap))(*live))
+        return [next(results) if x is ... else x for x in symbolic]
+
+    return linear_util.wrap_init(rewritten, debug_info=rule.debug_info)
+
+
+def _is_symbolic(x: Any) -> bool:
+    return x is None or isinstance(x, ad.Zero | SymbolicZero)
+
+
+def _mapped(rule: Any, swap: Swap) -> Any:
+    """``custom_vmap``'s rule: a function of the axis's size, which arguments are mapped, and the arguments."""
+
+    @functools.wraps(rule)
+    def rewritten(size: int, in_batched: Any, *args: Any) -> Any:
+        out_batched: Any = None
+
+        def pure(args: Any) -> Any:
+            nonlocal out_batched
+            out, out_batched = rule(size, in_batched, *args)
+            return out
+
+        return _call(pure, swap, (args,), {}), out_batched
+
+    return rewritten
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """A checkpoint policy that meets jconv's convolution under lax's name."""
+
+    policy: Callable[..., Any]
+
+    def __call__(self, primitive: Any, *avals: Any, **params: Any) -> Any:
+        return self.policy(lax.conv_general_dilated_p if primitive is conv_p else primitive, *avals, **params)
+
+
+# Arguments.
+
+
+def _is_jitted(fn: Any) -> bool:
+    return isinstance(fn, _JITTED)
+
+
+_JITTED = type(jax.jit(lambda: None))
+
+
+def _settings_of(jitted: Any) -> dict[str, Any]:
+    """The arguments that ``jax.jit`` was given to make this function."""
+    try:
+        info = jitted._jit_info
+        return {
+            "static_argnums": tuple(info.static_argnums),
+            "static_argnames": tuple(info.static_argnames),
+            "donate_argnums": tuple(info.donate_argnums),
+            "donate_argnames": tuple(info.donate_argnames),
+            "in_shardings": _placed(info.in_shardings_treedef, info.in_shardings_leaves, info.in_layouts_leaves),
+            "out_shardings": _placed(info.out_shardings_treedef, info.out_shardings_leaves, info.out_layouts_leaves),
+            "keep_unused": info.keep_unused,
+            "inline": info.inline,
+            "compiler_options": dict(info.compiler_options_kvs) or None,
+        }
+    except AttributeError as error:
+        raise ConvError(
+            f"accelerate cannot read the settings of a jitted function with jax {jax.__version__}; pass the plain "
+            "function, and name its static and donated arguments"
+        ) from error
+
+
+def _placed(tree: Any, shardings: Any, layouts: Any) -> Any:
+    from jax.experimental.layout import Format
+
+    pairs = zip(shardings, layouts, strict=True) if any(x is not None for x in layouts) else ()
+    return tree.unflatten([Format(layout, sharding) for sharding, layout in pairs] or shardings)
+
+
+def _merged(found: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    return {**found, **{k: tuple(dict.fromkeys((*found.get(k, ()), *v))) for k, v in given.items()}}
+
+
+def _numbers(value: Numbers) -> tuple[int, ...] | None:
+    return value if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+
+def _names(value: Names) -> tuple[str, ...] | None:
+    return value if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+def _name(fn: Any) -> str:
+    return getattr(fn, "__name__", None) or type(fn).__name__
+
+
+def _method(serving: Any, name: str) -> Callable[..., Any]:
+    if isinstance(serving, functools.partial):
+        return functools.partial(getattr(serving.func, name), *serving.args)
+    return getattr(serving, name)
+
+
+# NNX graph nodes: jax.jit takes them as pytrees, and loses what a function does to them.
+
+
+def _graph_of(fn: Any) -> Any:
+    """The NNX node that ``fn`` is, or whose method it is."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return None
+    owner = fn.__self__ if inspect.ismethod(fn) else fn
+    return owner if isinstance(owner, (nnx.Pytree, nnx.Variable)) else None
+
+
+def _hold_graphs(nnx: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    kinds = (nnx.Pytree, nnx.Variable)
+    if any(isinstance(x, kinds) for x in (*args, *kwargs.values())):
+        return True
+    try:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        return any(issubclass(kind, kinds) for kind in set(map(type, leaves))) or _made_of(tree, kinds)
+    except (TypeError, ValueError):  # unhashable or unordered: jit says so
+        return any(
+            isinstance(x, kinds) for x in jax.tree.leaves((args, kwargs), is_leaf=lambda x: isinstance(x, kinds))
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _made_of(tree: Any, kinds: tuple[type, ...]) -> bool:
+    """True if a node of the tree, at any depth, is of one of the kinds."""
+    node = tree.node_data()
+    if node is None:
+        return False
+    return issubclass(node[0], kinds) or any(_made_of(child, kinds) for child in tree.children())
+
+
+# The whole process.
+
+_lock = threading.RLock()
+_installs = 0
+_rules: dict[str | None, Any] = {}  # lax's own, while jconv's stands in their place
+
+
+class _Installation:
+    """What :func:`install` returns: at the end of its ``with`` block it uninstalls."""
+
+    def __enter__(self) -> _Installation:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        uninstall()
+
+
+def install() -> _Installation:
+    """From here on, every lax convolution that is compiled in this process is planned and lowered as jconv's.
+
+    For programs that cannot be wrapped in :func:`accelerate`: a library's training loop. It replaces the lowering
+    rules of ``lax.conv_general_dilated`` and clears JAX's caches, so that what was compiled before is compiled anew.
+    It may be called again, from any thread; each call needs its own :func:`uninstall`. Derivatives are lax's.
+
+    Returns:
+        A context manager that uninstalls at its end; it may be ignored.
+
+    Raises:
+        ConvError: if this version of JAX keeps its rules otherwise than those that jconv knows.
+
+    >>> f = jax.jit(lambda x, w: jax.lax.conv(x, w, (1, 1), "SAME"))
+    >>> x, w = jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 1, 1))
+    >>> with install():
+    ...     planned = f.lower(x, w).as_text()
+    >>> [("stablehlo.convolution" in text) for text in (planned, f.lower(x, w).as_text())]
+    [False, True]
+    """
+    global _installs
+    with _lock:
+        if _installs == 0:
+            _register()
+        _installs += 1
+    return _Installation()
+
+
+def uninstall() -> None:
+    """Undoes one :func:`install`; after the last, JAX's rules are what they were, and its caches are empty.
+
+    Raises:
+        ConvError: if there is none to undo.
+
+    >>> _ = install()
+    >>> uninstall()
+    """
+    global _installs
+    with _lock:
+        if _installs == 0:
+            raise ConvError("uninstall() needs an install() before it; there is none that was not undone")
+        _installs -= 1
+        if _installs == 0:
+            _restore()
+
+
+def _register() -> None:
+    tables = _tables()
+    _rules.update({platform: table[lax.conv_general_dilated_p] for platform, table in tables.items()})
+    for platform, table in tables.items():
+        mlir.register_lowering(stock_p, _rules[platform].rule, platform=platform)
+        del table[lax.conv_general_dilated_p]
+    mlir.register_lowering(lax.conv_general_dilated_p, _planned)
+    convolve.run_algorithm = _with_stock
+    jax.clear_caches()
+
+
+def _restore() -> None:
+    for platform, entry in _rules.items():
+        table = mlir._lowerings if platform is None else mlir._platform_specific_lowerings[platform]
+        table[lax.conv_general_dilated_p] = entry
+        table.pop(stock_p, None)
+    mlir.register_lowering(stock_p, _as_lax)
+    convolve.run_algorithm = _run_algorithm
+    _rules.clear()
+    jax.clear_caches()
+
+
+def _tables() -> dict[str | None, Any]:
+    """JAX's tables of lowering rules that have one for lax's convolution, by platform; None is any other."""
+    try:
+        tables = {None: mlir._lowerings, **mlir._platform_specific_lowerings}
+        found = {platform: table for platform, table in tables.items() if lax.conv_general_dilated_p in table}
+        known = None in found and all(callable(t[lax.conv_general_dilated_p].rule) for t in found.values())
+    except (AttributeError, TypeError):
+        known, found = False, {}
+    if not known:
+        raise ConvError(
+            f"install() does not know how jax {jax.__version__} keeps its lowering rules; "
+            "wrap functions in jconv.accelerate, or use jax 0.8.2 to 0.10.2"
+        )
+    return found
+
+
+def _planned(ctx: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
+    """The lowering of lax's convolution while jconv is installed."""
+    left, right = ctx.avals_in
+    problem = _problem(left, right, params)
+    ours = functools.partial(conv_p.bind, problem=problem, wish=None)
+    stock = functools.partial(stock_p.bind, **params)
+    return mlir.lower_fun(stock if problem is None else ours, multiple_results=False)(ctx, lhs, rhs)
+
+
+# lax's convolution under another name, for algorithms that are made of it: its rules are lax's own.
+
+stock_p = Primitive("conv_general_dilated")
+stock_p.def_effectful_abstract_eval(lax.conv_general_dilated_p.abstract_eval)
+_as_lax = mlir.lower_fun(lax.conv_general_dilated_p.bind, multiple_results=False)
+mlir.register_lowering(stock_p, _as_lax)
+_run_algorithm = convolve.run_algorithm
+
+
+def _to_stock(equation: Any) -> Any:
+    return equation.replace(primitive=stock_p)
+
+
+def _with_stock(run: Callable[..., Any], *operands: Any) -> Any:
+    with jax.disable_jit(False):
+        closed = jax.make_jaxpr(run)(*operands)
+    (out,) = jaxpr_as_fun(_rewritten(closed, _to_stock))(*operands)
+    return out
+
+
+@stock_p.def_impl
+def _evaluate_stock(*operands: Any, **params: Any) -> Any:
+    with jax.disable_jit(False):
+        return jax.jit(functools.partial(stock_p.bind, **params))(*operands)
+
+
+def _batch_stock(operands: Any, axes: Any, **params: Any) -> Any:
+    batched = jax.vmap(functools.partial(lax.conv_general_dilated_p.bind, **params), axes)
+    return _with_stock(batched, *operands), 0
+
+
+batching.primitive_batchers[stock_p] = _batch_stock
