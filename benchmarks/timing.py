@@ -17,7 +17,11 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-import torch
+
+try:
+    import torch
+except ModuleNotFoundError:  # models.py needs none
+    torch = None
 
 CLOCKS = {1: "process CPU time", 2: "wall time"}
 STAT = Path("/proc/stat")
@@ -45,8 +49,9 @@ class Timer:
         if len(cores) < self.threads:
             raise SystemExit(f"--threads {self.threads} needs as many cores, this process may use {len(cores)}")
         os.sched_setaffinity(0, cores[: self.threads])
-        torch.set_num_threads(self.threads)
-        torch.set_num_interop_threads(1)
+        if torch is not None:
+            torch.set_num_threads(self.threads)
+            torch.set_num_interop_threads(1)
 
     def now(self) -> float:
         return time.process_time() if self.threads == 1 else time.perf_counter()
@@ -121,6 +126,7 @@ def _summary(seconds: list[float]) -> dict[str, Any]:
 def roofline(timer: Timer) -> dict[str, float]:
     """GFLOP/s of a float32 matrix product of 1024 (the better of XLA's and torch's) and GB/s of a + b into c,
     arrays of 128 MB that are written before: no cache holds them and no page is new."""
+    assert torch is not None
     a = jax.random.normal(jax.random.key(0), (1024, 1024))
     product = jax.jit(lambda a, b: a @ b).lower(a, a).compile()
     m = torch.randn(1024, 1024)
