@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+torch: Any
 try:
     import torch
 except ModuleNotFoundError:  # models.py needs none
@@ -126,7 +127,6 @@ def _summary(seconds: list[float]) -> dict[str, Any]:
 def roofline(timer: Timer) -> dict[str, float]:
     """GFLOP/s of a float32 matrix product of 1024 (the better of XLA's and torch's) and GB/s of a + b into c,
     arrays of 128 MB that are written before: no cache holds them and no page is new."""
-    assert torch is not None
     a = jax.random.normal(jax.random.key(0), (1024, 1024))
     product = jax.jit(lambda a, b: a @ b).lower(a, a).compile()
     m = torch.randn(1024, 1024)
