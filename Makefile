@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 IMAGE ?=
 ARGS ?=
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test models lint bench docs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/port_pretrained.py $(if $(IMAGE),--image "$$IMAGE")
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Models of Flax, Equinox, Haiku and Keras, in their own libraries: minutes, and not part of `make test`.
+models: export JCONV_STORE =
+models: $(VENV)/models.stamp
+	$(BIN)/python -m pytest tests/models -n 2 --dist loadgroup $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

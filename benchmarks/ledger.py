@@ -13,6 +13,7 @@ from jconv.store import cpu_model
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results")
+PACKAGES = ("jconv", "jax", "flax", "torch")
 ALIKE = ("benchmark", "threads", "clock", "dtype", "cpu", "malloc", "xla_flags", "quick")
 
 
@@ -35,20 +36,20 @@ def conditions(benchmark: str, threads: int, clock: str, dtype: str, quick: bool
     }
 
 
-def state() -> str:
+def state(packages: tuple[str, ...] = PACKAGES) -> str:
     """Whose code was timed: versions, and a digest of jconv's source. A row of another state is stale."""
     digest = hashlib.sha256()
     for path in sorted((ROOT / "jconv").rglob("*.py")):
         digest.update(path.read_bytes())
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jconv", "jax", "flax", "torch")]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     return f"{', '.join(versions)}, source {digest.hexdigest()[:10]}"
 
 
 class Ledger:
     """One file of rows by key, saved after each row, so that a run that was cut off goes on where it stopped."""
 
-    def __init__(self, path: Path, conditions: dict[str, Any]):
-        self.path, self.state = path, state()
+    def __init__(self, path: Path, conditions: dict[str, Any], packages: tuple[str, ...] = PACKAGES):
+        self.path, self.state = path, state(packages)
         self.data: dict[str, Any] = {"conditions": conditions, "rows": {}}
         if path.exists():
             self.data = load(path)

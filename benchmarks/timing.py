@@ -17,7 +17,12 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-import torch
+
+torch: Any
+try:
+    import torch
+except ModuleNotFoundError:  # models.py needs none
+    torch = None
 
 CLOCKS = {1: "process CPU time", 2: "wall time"}
 STAT = Path("/proc/stat")
@@ -45,8 +50,9 @@ class Timer:
         if len(cores) < self.threads:
             raise SystemExit(f"--threads {self.threads} needs as many cores, this process may use {len(cores)}")
         os.sched_setaffinity(0, cores[: self.threads])
-        torch.set_num_threads(self.threads)
-        torch.set_num_interop_threads(1)
+        if torch is not None:
+            torch.set_num_threads(self.threads)
+            torch.set_num_interop_threads(1)
 
     def now(self) -> float:
         return time.process_time() if self.threads == 1 else time.perf_counter()
