@@ -532,7 +532,7 @@ def _signature(problem: ConvProblem) -> tuple[Any, ...]:
 
 def _posed(steps: Iterable[Step]) -> list[tuple[Step, ConvProblem | None]]:
     """The convolutions among the steps, each with its problem where jconv can express it."""
-    return [(step, problem_of(step.equation)) for step in steps if step.equation.primitive in _CONVOLUTIONS]
+    return [(step, problem_of(step.equation, step.turns)) for step in steps if step.equation.primitive in _CONVOLUTIONS]
 
 
 class _Directions:

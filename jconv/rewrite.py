@@ -13,7 +13,7 @@ import inspect
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -165,11 +165,16 @@ class _Accelerated:
         return f"<accelerated {_name(self._fn)}>"
 
 
-def problem_of(equation: Any) -> ConvProblem | None:
+Turns = Mapping[Any, Any]  # the equations that turn an array round, by the variable that they define
+
+
+def problem_of(equation: Any, turns: Turns | None = None) -> ConvProblem | None:
     """The problem that an equation of a jaxpr poses, lax's convolution or jconv's.
 
     Args:
         equation: one of ``jaxpr.eqns``.
+        turns: the ``rev`` equations of that jaxpr by their variables. lax's input gradient turns the kernel round
+            first; with them the problem is the one that reads the kernel from its end instead, as jconv's does.
 
     Returns:
         A ConvProblem; None for any other equation, and for a convolution that a ConvProblem cannot express.
@@ -182,8 +187,13 @@ def problem_of(equation: Any) -> ConvProblem | None:
         return equation.params["problem"]
     if equation.primitive is not lax.conv_general_dilated_p:
         return None
-    lhs, rhs = (v.aval for v in equation.invars)
-    return _problem(lhs, rhs, equation.params)
+    lhs, rhs = equation.invars
+    problem = _problem(lhs.aval, rhs.aval, equation.params)
+    turn = turns.get(rhs) if turns and isinstance(rhs, Var) else None
+    if problem is None or turn is None:
+        return problem
+    whole = sorted(turn.params["dimensions"]) == sorted(problem.layout.rhs_spec[2:])
+    return problem.replace(reversed=True) if whole else problem
 
 
 class Step(NamedTuple):
@@ -196,6 +206,7 @@ class Step(NamedTuple):
         scopes: the names around it, of ``jax.named_scope`` and of Linen's modules.
         transposed: True if reverse mode made it.
         around: the equations whose programs it is in, the outermost first.
+        turns: those of its jaxpr that turn an array round, for :func:`problem_of`.
     """
 
     equation: Any
@@ -204,6 +215,7 @@ class Step(NamedTuple):
     scopes: tuple[str, ...]
     transposed: bool
     around: tuple[Any, ...]
+    turns: Turns
 
     @property
     def frames(self) -> list[tuple[str, int, str]]:
@@ -246,6 +258,7 @@ def steps_of(jaxpr: Jaxpr) -> Iterator[Step]:
 
 
 def _steps(jaxpr: Any, runs: int, in_while: bool, around: tuple[Any, ...]) -> Iterator[Step]:
+    turned = _turns(jaxpr)
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         inner = [] if name.startswith(_ON_SCALARS + _NOT_ENTERED) else _programs_in(equation.params)
@@ -255,7 +268,7 @@ def _steps(jaxpr: Any, runs: int, in_while: bool, around: tuple[Any, ...]) -> It
             transposed = any(n.name == "transpose" for n in names if type(n).__name__ == "Transform")
             yield Step(
                 equation, runs, in_while, tuple(scope for scope in scopes if scope != _RECOMPUTED),
-                transposed and _RECOMPUTED not in scopes, around,
+                transposed and _RECOMPUTED not in scopes, around, turned,
             )  # fmt: skip
         turns = equation.params["length"] if name == "scan" else 1
         for program in inner:
@@ -264,6 +277,10 @@ def _steps(jaxpr: Any, runs: int, in_while: bool, around: tuple[Any, ...]) -> It
 
 _ON_SCALARS = ("reduce", "scatter", "select_and_scatter")
 _RECOMPUTED = "rematted_computation"  # what jax.checkpoint runs anew
+
+
+def _turns(jaxpr: Any) -> Turns:
+    return {e.outvars[0]: e for e in jaxpr.eqns if e.primitive is lax.rev_p}
 
 
 def _programs_in(params: dict[str, Any]) -> list[Any]:
@@ -285,10 +302,9 @@ def _problem(lhs: Any, rhs: Any, params: dict[str, Any]) -> ConvProblem | None:
         return None
 
 
-# A call with its convolutions swapped. A swap is a function of lax's equation, and of the equations before it that turn
-# an array round, to another equation or to itself.
+# A call with its convolutions swapped. A swap is a function of lax's equation, and of those that turn an array round, to
+# another equation or to itself.
 
-Turns = dict[Any, Any]  # by the variable that they define
 Swap = Callable[[Any, Turns], Any]
 
 
@@ -297,14 +313,12 @@ class _ToOurs:
     wish: Algorithm | None
 
     def __call__(self, equation: Any, turns: Turns) -> Any:
-        problem = problem_of(equation)
+        problem = problem_of(equation, turns)
         if problem is None:
             return equation
         lhs, rhs = equation.invars
-        turn = turns.get(rhs) if isinstance(rhs, Var) else None
-        if turn is not None and sorted(turn.params["dimensions"]) == sorted(problem.layout.rhs_spec[2:]):
-            # lax's input gradient turns the kernel round; jconv reads it from its end.
-            rhs, problem = turn.invars[0], problem.replace(reversed=True)
+        if problem.reversed:
+            rhs = turns[rhs].invars[0]
         params = {"problem": problem, "wish": self.wish}
         return equation.replace(primitive=conv_p, invars=[lhs, rhs], params=params)
 
@@ -317,7 +331,7 @@ class _Observed(_Accelerated):
         return _unchanged
 
 
-def _unchanged(equation: Any) -> Any:
+def _unchanged(equation: Any, _: Turns) -> Any:
     return equation
 
 
@@ -376,7 +390,7 @@ def _rewritten(jaxpr: Any, swap: Swap) -> Any:
         inner = _rewritten(jaxpr.jaxpr, swap)
         new = None if inner is jaxpr.jaxpr else ClosedJaxpr(inner, jaxpr.consts)
     else:
-        turns = {e.outvars[0]: e for e in jaxpr.eqns if e.primitive is lax.rev_p}
+        turns = _turns(jaxpr)
         equations = [_equation(equation, swap, turns) for equation in jaxpr.eqns]
         same = all(a is b for a, b in zip(equations, jaxpr.eqns, strict=True))
         new = None if same else jaxpr.replace(eqns=equations)

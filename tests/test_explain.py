@@ -181,7 +181,7 @@ def test_a_named_algorithm_is_shown_as_such():
 
 
 def test_what_jconv_cannot_express_is_named(monkeypatch):
-    monkeypatch.setattr(explaining, "problem_of", lambda equation: None)
+    monkeypatch.setattr(explaining, "problem_of", lambda equation, turns=None: None)
 
     def f(x, w):
         return conv(x, w)
