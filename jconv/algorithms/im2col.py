@@ -57,7 +57,7 @@ class Im2col:
             rows = problem.output_shape[0] * prod(problem.output_shape[2:])
             depth, width, height = prod(problem.rhs_shape[1:]), problem.rhs_shape[0] // problem.groups, rows
             columns = rows * depth * problem.groups
-        peak = 650 if problem.is_weight_gradient else 1000
+        peak = 850 if problem.is_weight_gradient else 1000
         efficiency = peak * width // (width + 16) * height // (height + 16) * depth // (depth + 64) + 1
         if problem.groups > 1:
             efficiency = efficiency // (2 if width >= _WIDE else 5) + 1

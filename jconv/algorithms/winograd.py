@@ -98,7 +98,9 @@ class Winograd:
         rows, out, other = images * prod(tiles), problem.rhs_shape[0], _other_taps(problem)
         kernel = 0 if problem.is_weight_gradient else features * out * other
         stored = components * (rows * (features + out) + kernel) * problem.dtype.itemsize
-        efficiency = 550 if problem.is_weight_gradient else 950
+        efficiency = 950
+        if problem.is_weight_gradient:
+            efficiency = 750 if max(features, out) >= 2 * min(features, out) else 550
         for width in (features, out):
             efficiency = efficiency * width**2 // (width**2 + 24**2)
         flops = 2 * components * rows * features * out * other

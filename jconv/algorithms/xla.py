@@ -19,7 +19,7 @@ from jconv.algorithms.base import (
     operand_bytes,
     refuse_unsized,
 )  # fmt: skip
-from jconv.device import Device
+from jconv.device import Device, MiB
 from jconv.problem import ConvProblem, Layout
 
 
@@ -45,7 +45,11 @@ class Xla:
         efficiency = max(1, _cpu_efficiency(problem) // _slower(problem.dtype))
         kernels = 2 if self.channel_last else 1 if problem.layout == _channel_last(problem) else 3
         flops = 2 * problem.macs // (prod(problem.lhs_dilation) if _skips_holes(problem) else 1)
-        return Cost(flops, operand_bytes(problem), 0, efficiency, "conv", kernels, threads)
+        moved = operand_bytes(problem)
+        kernel = prod(problem.rhs_shape) * problem.dtype.itemsize
+        if problem.is_weight_gradient and problem.lhs_shape[0] < _FEW and kernel > _CACHE:
+            moved += prod(problem.output_shape[2:]) * kernel  # the cotangent is read again for each tap
+        return Cost(flops, moved, 0, efficiency, "conv", kernels, threads)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         if problem.is_empty:
@@ -85,6 +89,8 @@ def _channel_last(problem: ConvProblem) -> Layout:
 
 
 _LANES = 16
+_FEW = 8  # input features of a first layer
+_CACHE = 32 * MiB
 _SERIAL = 96  # output features up to which XLA:CPU's convolution runs on one thread
 
 
@@ -114,9 +120,8 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
         work = out * taps * problem.lhs_shape[0]
         vectors = 50 + 650 * (out // _LANES * _LANES) // out
         rows = prod(problem.rhs_shape[1:])
-        if problem.lhs_shape[0] < 8:  # the first layer's
-            wide = max(problem.rhs_dilation, default=1) > 2
-            vectors //= 4 if wide else 2 if problem.lhs_shape[1] > 2 or taps < 25 else 1
+        if problem.lhs_shape[0] < _FEW and min(problem.rhs_dilation, default=1) > 2:
+            vectors //= 2
         if problem.spatial_rank == 1:
             vectors = vectors * 3 // 2
         unoptimised = 5 if problem.spatial_rank == 3 else 3 if problem.output_shape[-1] == 1 else 1
