@@ -252,7 +252,7 @@ class NnxResNet(nnx.Module):
         return self.head(x.mean((1, 2)))
 
 
-def nnx_resnet(dtype: Any = jnp.float32, size: int = 32, batch: int = 8, width: int = 8) -> Model:
+def nnx_resnet(dtype: Any = jnp.float32, size: int = 16, batch: int = 8, width: int = 8) -> Model:
     def forward(model: Any, batch: Any) -> jax.Array:
         model.eval()
         out = model(batch["x"])
@@ -325,7 +325,7 @@ def noise(key: Any, like: jax.Array) -> jax.Array:
     return jax.random.normal(key, like.shape, jnp.float32).astype(like.dtype)
 
 
-def diffusion(dtype: Any = jnp.float32, size: int = 32, batch: int = 4, width: int = 16) -> Model:
+def diffusion(dtype: Any = jnp.float32, size: int = 16, batch: int = 4, width: int = 16) -> Model:
     """DDPM: the loss at random noise levels, and samples by a loop over a few of them."""
     kept = jnp.cumprod(1 - jnp.linspace(1e-4, 0.1, NOISE_LEVELS, dtype=jnp.float32)).astype(dtype)
     pictures = images(batch, size, 10, dtype)
@@ -458,7 +458,7 @@ def of_haiku(network: Callable[[], Any], batch: Any, rate: float, dtype: Any) ->
 
 def haiku_resnet18(dtype: Any = jnp.float32, size: int = 64, batch: int = 4) -> Model:
     network = functools.partial(hk.nets.ResNet18, num_classes=10)
-    return of_haiku(network, images(batch, size, 10, dtype), 0.005, dtype)
+    return of_haiku(network, images(batch, size, 10, dtype), 0.0005, dtype)
 
 
 def haiku_mobilenet(dtype: Any = jnp.float32, size: int = 32, batch: int = 8, whole: bool = False) -> Model:

@@ -121,13 +121,15 @@ def test_every_convolution_is_swapped(name, program):
 
 @pytest.mark.parametrize("name, what", CASES)
 def test_as_near_to_float64_as_stock(name, what):
-    """The relative distance, over all values at once; an allowance of one convolution's rounding for lucky stock."""
+    """The relative distance, over all values at once. Measured: up to 1.6 times stock's; with F(4x4, 3x3) everywhere, a
+    "loose" algorithm, the U-Net's gradient is 2.7 times as far. What float32 loses where it keeps the parameters is most
+    of their distance, on both sides; the next test has no such share."""
     stock, ours, exact = (ran(name, how)[what] for how in ("stock", "accelerate", "float64"))
     theirs = np.median([apart(a, e) for a, e in zip(stock, exact, strict=True)])
     mine = np.median([apart(a, e) for a, e in zip(ours, exact, strict=True)])
     print(f"\n{name}, {what}: from float64, stock {theirs:.2e}, accelerate {mine:.2e}")
     assert theirs < 1e-3, "the model itself amplifies rounding so far that it proves nothing"
-    assert mine <= MOST_TIMES_STOCK * theirs + TOLERANCE
+    assert mine <= MOST_TIMES_STOCK * theirs
 
 
 @pytest.mark.parametrize("name, what", CASES)
