@@ -165,6 +165,14 @@ def run_algorithm(run: Callable[..., jax.Array], *operands: jax.Array) -> jax.Ar
     return run(*operands)
 
 
+_RUNNER = "jconv."  # what no function's own name begins with
+
+
+def is_runner(equation: Any) -> bool:
+    """True for the inner jit that an algorithm runs in, under ``autodiff="custom_vjp"``: its lax convolutions are its own."""
+    return str(equation.params.get("name", "")).startswith(_RUNNER)
+
+
 @functools.lru_cache(maxsize=4096)
 def _runner(algorithm: Algorithm, problem: ConvProblem) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """The algorithm as an inner jit, so that equal convolutions of a program are traced and lowered once."""
@@ -179,7 +187,7 @@ def _runner(algorithm: Algorithm, problem: ConvProblem) -> Callable[[jax.Array, 
             )
         return out
 
-    run.__name__ = f"jconv_{algorithm.name}"
+    run.__name__ = _RUNNER + algorithm.name
     return jax.jit(run)
 
 
@@ -237,6 +245,14 @@ batching.primitive_batchers[conv_p] = _batch
 
 # lax's rule for a bilinear primitive, whose convention for the series is its own to change.
 jet.jet_rules[conv_p] = functools.partial(jet.jet_rules[lax.conv_general_dilated_p].func, conv_p)
+
+
+try:  # a NaN that a convolution makes is named by checkify; its table of rules is not public
+    from jax._src import checkify as _checkify
+
+    _checkify.error_checks[conv_p] = functools.partial(_checkify.nan_error_check, conv_p)
+except (ImportError, AttributeError):
+    pass
 
 
 def problems_in(jaxpr: Any) -> list[ConvProblem]:

@@ -64,7 +64,7 @@ def accelerate(
         static_argnums, static_argnames, donate_argnums, donate_argnames: as in ``jax.jit``.
 
     Returns:
-        A function with ``lower``, ``trace``, ``eval_shape`` and ``clear_cache``, as ``jax.jit`` returns; every
+        A function to keep and call again, since its programs are kept with it; it has ``lower``, ``trace``, ``eval_shape`` and ``clear_cache``, as ``jax.jit`` returns; every
         transformation of JAX takes it, and ``jax.export``.
 
     Raises:
@@ -89,7 +89,7 @@ def accelerate(
     }
     settings = {name: value for name, value in settings.items() if value is not None}
     if isinstance(fn, _Accelerated):
-        return _Accelerated(fn._fn, fn._wish, _merged(fn._settings, settings))
+        return _Accelerated(fn._fn, fn._wish if wish is None else wish, _merged(fn._settings, settings))
     return _Accelerated(fn, wish, settings)
 
 
@@ -122,7 +122,7 @@ class _Accelerated:
         if _is_jitted(inner):
             found = _settings_of(inner)
             settings = _merged({k: v for k, v in found.items() if k.startswith(("static", "donate"))}, settings)
-        graphs = nnx.jit(fn, **settings)
+        graphs = nnx.jit(_unjitted(fn), **settings)
         if not _is_jitted(getattr(graphs, "jitted_fn", None)):
             raise ConvError(
                 f"accelerate knows no way to keep the state of NNX modules with flax {sys.modules['flax'].__version__}; "
@@ -335,6 +335,13 @@ def _unchanged(equation: Any, _: Turns) -> Any:
     return equation
 
 
+_NEEDS_A_VALUE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
 def _rewriting(fn: Callable[..., Any], swap: Swap) -> Callable[..., Any]:
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -342,7 +349,7 @@ def _rewriting(fn: Callable[..., Any], swap: Swap) -> Callable[..., Any]:
             return fn(*args, **kwargs)
         try:
             return _call(fn, swap, args, kwargs)
-        except jax.errors.ConcretizationTypeError as error:
+        except _NEEDS_A_VALUE as error:
             raise ConvTypeError(
                 f"accelerate traces its function as jax.jit does, but {_name(fn)} needs the value of an array; name "
                 f"arguments that are no arrays in static_argnums or static_argnames, or use lax.cond and its like "
@@ -355,6 +362,7 @@ def _rewriting(fn: Callable[..., Any], swap: Swap) -> Callable[..., Any]:
 def _call(fn: Callable[..., Any], swap: Swap, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``fn(*args, **kwargs)`` under a trace, as one inner jit with its convolutions swapped. What is no tracer among the
     leaves of the arguments is static."""
+    whole = tuple(_has_no_tracer(x) for x in args), {name: _has_no_tracer(x) for name, x in kwargs.items()}
     leaves, tree = jax.tree.flatten((args, kwargs))
     traced = [isinstance(leaf, Tracer) for leaf in leaves]
     out_tree: Any = None
@@ -364,13 +372,19 @@ def _call(fn: Callable[..., Any], swap: Swap, args: tuple[Any, ...], kwargs: dic
         nonlocal out_tree
         rest = iter(live)
         a, k = tree.unflatten([next(rest) if is_live else leaf for leaf, is_live in zip(leaves, traced, strict=True)])
-        out = fn(*a, **k)
+        a = [x if same else y for same, x, y in zip(whole[0], args, a, strict=True)]
+        out = fn(*a, **{name: kwargs[name] if same else k[name] for name, same in whole[1].items()})
         out_tree = jax.tree.structure(out)
         return out
 
     live = [leaf for leaf, is_live in zip(leaves, traced, strict=True) if is_live]
     closed = jax.make_jaxpr(jax.jit(pure))(*live)
     return out_tree.unflatten(jaxpr_as_fun(_rewritten(closed, swap))(*live))
+
+
+def _has_no_tracer(x: Any) -> bool:
+    """True for a static argument, which is handed over as it is."""
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x))
 
 
 # Jaxprs. What was rewritten stays shared where it was shared, or JAX would trace and lower each use of it on its own.
@@ -402,7 +416,7 @@ def _equation(equation: Any, swap: Swap, turns: Turns) -> Any:
     primitive, params = equation.primitive, equation.params
     if primitive is lax.conv_general_dilated_p:
         return swap(equation, turns)
-    if primitive is conv_p or primitive.name in _NOT_ENTERED:
+    if primitive is conv_p or primitive.name in _NOT_ENTERED or convolve.is_runner(equation):
         return equation
     new = {name: _value(value, swap) for name, value in params.items()}
     if primitive is custom_jvp_call_p:
@@ -412,6 +426,9 @@ def _equation(equation: Any, swap: Swap, turns: Turns) -> Any:
         new["bwd"] = _backward(params["bwd"], swap)
     elif primitive is remat_p and params.get("policy") is not None:
         new["policy"] = _Policy(params["policy"])
+    elif primitive.name in _THUNKS:
+        thunk = _THUNKS[primitive.name]
+        new[thunk] = functools.partial(_traced_later, params[thunk], swap)
     elif primitive.name == "custom_vmap_call":
         new["rule"] = _mapped(params["rule"], swap)
     return equation if all(new[name] is params[name] for name in new) else equation.replace(params=new)
@@ -428,6 +445,13 @@ def _value(value: Any, swap: Swap) -> Any:
 
 
 # Rules that JAX traces when they are needed, if ever.
+
+
+_THUNKS = {"remat_opt": "fun_jaxpr_thunk", "linear_call": "transpose_thunk"}
+
+
+def _traced_later(thunk: Callable[[], Any], swap: Swap) -> Any:
+    return _value(thunk(), swap)
 
 
 def _later(thunk: Any, swap: Swap) -> Any:
@@ -499,6 +523,13 @@ def _is_jitted(fn: Any) -> bool:
 
 
 _JITTED = type(jax.jit(lambda: None))
+
+
+def _unjitted(fn: Any) -> Any:
+    """What ``jax.jit`` was given: it would flatten a module, and lose what is done to it."""
+    if isinstance(fn, functools.partial):
+        return functools.partial(_unjitted(fn.func), *fn.args, **fn.keywords)
+    return fn.__wrapped__ if _is_jitted(fn) else fn
 
 
 def _settings_of(jitted: Any) -> dict[str, Any]:
@@ -600,7 +631,9 @@ class _Installation:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        uninstall()
+        with _lock:
+            if _installs > 0:  # else it was undone inside
+                uninstall()
 
 
 def install() -> _Installation:
@@ -650,22 +683,33 @@ def uninstall() -> None:
 
 
 def _register() -> None:
+    """At every moment a thread that compiles finds a rule, and no algorithm's convolution is planned again."""
     tables = _tables()
     _rules.update({platform: table[lax.conv_general_dilated_p] for platform, table in tables.items()})
-    for platform, table in tables.items():
-        mlir.register_lowering(stock_p, _rules[platform].rule, platform=platform)
-        del table[lax.conv_general_dilated_p]
-    mlir.register_lowering(lax.conv_general_dilated_p, _planned)
-    convolve.run_algorithm = _with_stock
-    jax.clear_caches()
+    try:
+        for platform in tables:
+            mlir.register_lowering(stock_p, _rules[platform].rule, platform=platform)
+        convolve.run_algorithm = _with_stock
+        jax.clear_caches()
+        mlir.register_lowering(lax.conv_general_dilated_p, _planned)
+        for platform, table in tables.items():
+            if platform is not None:
+                del table[lax.conv_general_dilated_p]
+        jax.clear_caches()
+    except BaseException:
+        _restore()
+        raise
 
 
 def _restore() -> None:
     for platform, entry in _rules.items():
-        table = mlir._lowerings if platform is None else mlir._platform_specific_lowerings[platform]
-        table[lax.conv_general_dilated_p] = entry
-        table.pop(stock_p, None)
+        if platform is not None:
+            mlir._platform_specific_lowerings[platform][lax.conv_general_dilated_p] = entry
+    mlir._lowerings[lax.conv_general_dilated_p] = _rules[None]
     mlir.register_lowering(stock_p, _as_lax)
+    for platform in _rules:
+        if platform is not None:
+            mlir._platform_specific_lowerings[platform].pop(stock_p, None)
     convolve.run_algorithm = _run_algorithm
     _rules.clear()
     jax.clear_caches()

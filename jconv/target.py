@@ -184,7 +184,7 @@ def _from_file(path: str) -> Any:
 def _called(found: Any, done: str) -> Any:
     try:
         return found()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConvError(f"{done} fails: {_first_line(error)}; name a function that takes no arguments") from error
 
 

@@ -206,6 +206,7 @@ CASES: tuple[Case, ...] = (
     C("once_2d:crop_and_pad_both_axes", (2, 8, 9, 8), (8, 8, 3, 3), padding=((-1, 1), (-1, 1))),
     C("once_2d:padding_beyond_the_window", (2, 8, 7, 6), (8, 8, 3, 3), (2, 1), padding=((4, 0), (4, 0))),
     C("once_2d:crop_of_holes", (1, 4, 5, 6), (4, 4, 3, 3), padding=((-2, 3), (1, -3)), lhs_dilation=(3, 2)),
+    C("once_2d:aborted", (1, 1, 7, 1), (2, 1, 2, 3), padding=((-2, 0), (1, 1)), lhs_dilation=(2, 1), layout=("WHCN", "IHOW", "CNHW")),
     C("once_1d:nothing_left_of_holes", (1, 2, 1), (3, 2, 1), padding=((-1, 1),), lhs_dilation=(2,)),
     C("once_2d:large_strided_depthwise", (1, 2, 28, 28), (2, 1, 13, 13), (2, 2), ((6, 6), (6, 6)), feature_groups=2),
 )  # fmt: skip

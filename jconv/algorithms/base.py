@@ -200,9 +200,14 @@ def over_rows(problem: ConvProblem, a: jax.Array, b: jax.Array) -> jax.Array:
     right. Where that is a, the product is transposed, behind a barrier: XLA would fold the transpose into the product."""
     batch = tuple(range(a.ndim - 2))
     axes = (((a.ndim - 2,), (a.ndim - 2,)), (batch, batch))
-    if a.shape[-1] <= b.shape[-1]:
+    if not wider(a, b):
         return lax.dot_general(a, b, axes, **options(problem))
     return jnp.swapaxes(lax.optimization_barrier(lax.dot_general(b, a, axes, **options(problem))), -1, -2)
+
+
+def wider(a: jax.Array, b: jax.Array) -> bool:
+    """True if a is known to have more columns than b."""
+    return is_static(a.shape[-1], b.shape[-1]) and a.shape[-1] > b.shape[-1]
 
 
 def phases(problem: ConvProblem, i: int) -> tuple[int, int, list[list[tuple[int, int]]]]:

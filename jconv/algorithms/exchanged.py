@@ -14,7 +14,7 @@ from jax import lax
 
 from jconv.algorithms.base import Accuracy, Algorithm, Cost
 from jconv.device import Device
-from jconv.problem import ConvProblem, Layout
+from jconv.problem import ConvProblem, Layout, is_static
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ def worth_exchanging(problem: ConvProblem) -> bool:
     large image; and where the cotangent has fewer features than the image, its columns are fewer and its padding
     is cheaper."""
     p = problem
+    if not is_static(*p.lhs_shape, *p.rhs_shape):
+        return False
     if not p.is_weight_gradient or p.groups > 1 or p.reversed or p.is_empty or any(d > 1 for d in p.rhs_dilation):
         return False
     return has_holes(p) or p.rhs_shape[0] < p.lhs_shape[0]
@@ -71,4 +73,5 @@ def exchanged(problem: ConvProblem) -> ConvProblem:
         padding=tuple(padding),
         lhs_dilation=p.rhs_dilation,
         rhs_dilation=p.lhs_dilation,
+        precision=p.precision[::-1] if isinstance(p.precision, tuple) else p.precision,
     )

@@ -33,6 +33,7 @@ from jconv.algorithms.base import (
     refuse_unsized,
     strided,
     summed,
+    wider,
 )  # fmt: skip
 from jconv.device import Device
 from jconv.problem import ConvProblem
@@ -161,7 +162,7 @@ def _kernel_gradient(problem: ConvProblem, tile: int, x: jax.Array, g: jax.Array
     cotangent = cotangent.reshape(len(transform) ** len(axes), -1, g.shape[-1])
     others = [i for i in range(problem.spatial_rank) if i not in axes]
     windows = [problem.output_shape[2 + i] for i in others]
-    turned = x.shape[-1] > g.shape[-1]  # the wider operand on the right: see over_rows
+    turned = wider(x, g)  # the wider operand on the right: see over_rows
     products = []
     for tap in np.ndindex(*windows):
         start = [t * problem.strides[i] for t, i in zip(tap, others, strict=True)]

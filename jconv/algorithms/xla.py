@@ -66,13 +66,17 @@ class Xla:
 
 
 def _cropped(problem: ConvProblem, lhs: jax.Array) -> tuple[ConvProblem, jax.Array]:
-    """Negative padding as a slice: XLA:CPU reads outside the array where it crops one side and pads the other.
+    """Negative padding as a slice, on axes that are padded on the other side: there XLA:CPU reads outside the array.
+    Elsewhere it stays: XLA aborts on some cropped arrays with holes.
 
     Along an axis with dilation d, of c places to crop the first m = ceil(c / d) elements go, and m d - c are padded."""
-    if all(side >= 0 for pair in problem.padding for side in pair):
+    if not any(min(pair) < 0 < max(pair) for pair in problem.padding):
         return problem, lhs
     padding, sizes = [], list(problem.lhs_shape)
     for i, (pair, d) in enumerate(zip(problem.padding, problem.lhs_dilation, strict=True)):
+        if not min(pair) < 0 < max(pair):
+            padding.append(pair)
+            continue
         gone = [-(-max(0, -side) // d) for side in pair]
         axis, size = problem.layout.lhs_spec[2 + i], sizes[2 + i]
         low, high = min(gone[0], size), max(size - gone[1], min(gone[0], size))
@@ -118,14 +122,14 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
         if taps == 1:
             return 150
         work = out * taps * problem.lhs_shape[0]
-        vectors = 50 + 650 * (out // _LANES * _LANES) // out
+        vectors = 50 + (650 * (out // _LANES * _LANES) // out if out >= _LANES else 40 * out)
         rows = prod(problem.rhs_shape[1:])
         if problem.lhs_shape[0] < _FEW and min(problem.rhs_dilation, default=1) > 2:
-            vectors //= 2
+            vectors //= 3
         if problem.spatial_rank == 1:
             vectors = vectors * 3 // 2
         unoptimised = 5 if problem.spatial_rank == 3 else 3 if problem.output_shape[-1] == 1 else 1
-        return vectors * work // (work + 3000) * rows // (rows + 48) // unoptimised + 1
+        return vectors * (work + 150) // (work + 1600) * rows // (rows + 48) // unoptimised + 1
     if problem.is_pointwise:
         return 850 * depth // (depth + 24) * out // (out + 8) // (2 if any(s > 1 for s in problem.strides) else 1) + 1
     work = (out * depth) ** 2
