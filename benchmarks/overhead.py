@@ -31,6 +31,7 @@ from jax import lax
 
 import jconv
 from jconv import convolve, planner, problem
+from jconv.rewrite import problems_of
 
 BLOCKS = (3, 4, 23, 3)
 GOALS = {"rewriting and planning": 0.2, "eager call": 1.3}
@@ -93,7 +94,7 @@ def of_a_network(f: Callable[..., Any], operands: tuple[Any, ...], timer: timing
         for name, jit in (("stock", jax.jit), ("accelerated", jconv.accelerate)):
             for phase, seconds in staged(jit(f), operands, timer).items():
                 samples.setdefault(f"{name} {phase}", []).append(1e3 * seconds)
-        problems = convolve.problems_in(jax.make_jaxpr(jconv.accelerate(f))(*operands).jaxpr)
+        problems = problems_of(f, *operands)
         cold()
         samples.setdefault("plans", []).append(
             1e3 * timer.once(lambda found=problems: [planner.plan(p, "cpu") for p in found])

@@ -10,6 +10,7 @@ the family and each of its members is planned on its own.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import jet
+from jax.experimental import checkify, jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -247,24 +248,10 @@ batching.primitive_batchers[conv_p] = _batch
 jet.jet_rules[conv_p] = functools.partial(jet.jet_rules[lax.conv_general_dilated_p].func, conv_p)
 
 
-try:  # a NaN that a convolution makes is named by checkify; its table of rules is not public
-    from jax._src import checkify as _checkify
-
-    _checkify.error_checks[conv_p] = functools.partial(_checkify.nan_error_check, conv_p)
-except (ImportError, AttributeError):
-    pass
-
-
-def problems_in(jaxpr: Any) -> list[ConvProblem]:
-    """The problems of every convolution in a jaxpr and in the jaxprs inside it, in order."""
-    found: list[ConvProblem] = []
-    for equation in jaxpr.eqns:
-        if equation.primitive is conv_p:
-            found.append(equation.params["problem"])
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-            if hasattr(inner, "eqns"):
-                found.extend(problems_in(inner))
-    return found
+# So that checkify names the convolution that makes a NaN; it has no public door for rules.
+_checks = getattr(sys.modules[checkify.checkify.__module__], "error_checks", {})
+if lax.conv_general_dilated_p in _checks:
+    _checks[conv_p] = functools.partial(_checks[lax.conv_general_dilated_p].func, conv_p)
 
 
 def dots_saveable(prim: Any, *args: Any, **params: Any) -> bool:

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jconv.convolve import AlgorithmLike, Autodiff, as_operand, convolve, problems_in
+from jconv.convolve import AlgorithmLike, Autodiff, as_operand, convolve
 from jconv.errors import ConvError, ConvTypeError
 from jconv.planner import Plan, platform_named
 from jconv.planner import plan as _plan
 from jconv.problem import ConvProblem, canonical_precision, dilated, entries, integer, layout_of, positive_tuple
+from jconv.rewrite import problems_of
 
 
 def conv_general_dilated(
@@ -111,12 +112,12 @@ def plan(
 
 
 def plans(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> list[Plan]:
-    """The plan of every convolution of jconv's in ``fn(*args)``, in the order of the program.
+    """The plan of every convolution in ``fn(*args)``, in the order of the program; lax's as under ``accelerate``.
 
     Args:
         fn: a function of arrays, ``jax.grad(loss)`` or a train step among them. Inside ``scan``, ``cond``,
             ``jit`` and the like each convolution counts once. One with ``autodiff="custom_vjp"`` is not seen.
-        args: its arguments: pytrees of arrays or ``jax.ShapeDtypeStruct``s. An NNX module may be ``fn``.
+        args: its arguments: pytrees of arrays or ``jax.ShapeDtypeStruct``s, NNX modules among them; one may be ``fn``.
         platform: as in :func:`plan`.
 
     Returns:
@@ -127,7 +128,7 @@ def plans(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> li
     >>> [p.problem.is_weight_gradient for p in plans(jax.grad(loss), w)]
     [False, True]
     """
-    return [_plan(problem, platform_named(platform)) for problem in problems_in(jax.make_jaxpr(fn)(*args).jaxpr)]
+    return [_plan(problem, platform_named(platform)) for problem in problems_of(fn, *args)]
 
 
 def conv(

@@ -40,7 +40,7 @@ Names = str | Iterable[str] | None
 
 
 def accelerate(
-    fn: Callable[..., Any],
+    fn: Callable[..., Any] | None = None,
     *,
     algorithm: AlgorithmLike = "auto",
     static_argnums: Numbers = None,
@@ -56,7 +56,7 @@ def accelerate(
     same. Under ``jax.disable_jit`` the function runs as it is.
 
     Args:
-        fn: a function of pytrees of arrays, traced as ``jax.jit`` traces it, once for each signature. The settings
+        fn: None, where it is a decorator with arguments; else a function of pytrees of arrays, traced as ``jax.jit`` traces it, once for each signature. The settings
             of one that is jitted (static and donated arguments, shardings) hold without being named again. A Flax
             NNX module may be ``fn``, or its method, or any argument: then ``fn`` runs as under ``nnx.jit``, and what
             it does to the state of its arguments is done to the caller's objects.
@@ -77,6 +77,14 @@ def accelerate(
     (5808.0, True)
     """
     wish = named(algorithm)
+    if fn is None:
+        return functools.partial(
+            accelerate, algorithm=algorithm, static_argnums=static_argnums, static_argnames=static_argnames,
+            donate_argnums=donate_argnums, donate_argnames=donate_argnames,
+        )  # fmt: skip
+    linen = sys.modules.get("flax.linen")
+    if linen is not None and isinstance(fn, linen.Module):
+        raise ConvTypeError(f"fn must be a function of arrays, got the Linen module {_name(fn)}; pass its apply method")
     if not callable(fn):
         raise ConvTypeError(f"fn must be a function of arrays, got {type(fn).__name__}; pass what you would jit")
     if any(kind(fn) for kind in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)):
@@ -236,6 +244,18 @@ def program_of(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Jaxpr:
     """
     traced = (fn if isinstance(fn, _Accelerated) else _Observed(fn, None, {})).trace(*args, **kwargs)
     return getattr(traced, "traced", traced).jaxpr.jaxpr
+
+
+def problems_of(fn: Callable[..., Any], *args: Any) -> list[ConvProblem]:
+    """The problem of every convolution in ``fn(*args)``, lax's as :func:`accelerate` poses it, in the program's order.
+
+    >>> x, w = jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 3, 3))
+    >>> [str(p) for p in problems_of(lambda x, w: jax.lax.conv(x, w, (1, 1), "VALID"), x, w)]
+    ['float32 1x3x8x8 * 4x3x3x3 -> 1x4x6x6']
+    """
+    steps = (s for s in steps_of(program_of(fn, *args)) if not any(map(convolve.is_runner, s.around)))
+    found = (problem_of(step.equation, step.turns) for step in steps)
+    return [problem for problem in found if problem is not None]
 
 
 def needed(program: Jaxpr) -> Jaxpr:

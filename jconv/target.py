@@ -98,7 +98,8 @@ def call(found: Any, target: str, arguments: Sequence[jax.ShapeDtypeStruct]) -> 
     except TypeError as error:
         wanted = ", ".join(signature.parameters) or "no arguments"
         raise ConvError(
-            f"{target} takes {wanted}, but --shape was given {len(arguments)} times ({error}); give one for each"
+            f"{target} takes {wanted}, but was given {len(arguments)} of --shape ({error}); give one for each, or name what "
+            f"{target}() returns, with the parentheses"
         ) from None
     return Call(found, tuple(arguments))
 
@@ -185,7 +186,7 @@ def _called(found: Any, done: str) -> Any:
     try:
         return found()
     except (Exception, SystemExit) as error:
-        raise ConvError(f"{done} fails: {_first_line(error)}; name a function that takes no arguments") from error
+        raise ConvError(f"calling {done} fails: {_first_line(error)}") from error
 
 
 def _is_linen(module: Any) -> bool:

@@ -27,11 +27,12 @@ from jax import lax
 from jconv import store
 from jconv.adjoint import input_problem, weight_problem
 from jconv.algorithms.base import Algorithm
-from jconv.convolve import convolve, problems_in
+from jconv.convolve import convolve
 from jconv.device import Constants, MiB, reference
 from jconv.errors import ConvError
 from jconv.planner import plan_given
 from jconv.problem import ConvProblem, integer
+from jconv.rewrite import problems_of
 
 __all__ = [
     "DIRECTIONS", "Calibration", "Report", "Row", "calibrate", "export_measurements", "import_measurements",
@@ -158,7 +159,7 @@ class Report:
 
     def _notes(self) -> list[str]:
         if not self.rows:
-            return ["no convolution of jconv's, of known sizes, was found"]
+            return ["no convolution of known sizes was found"]
         known = sum(bool(row.times) and not row.timed for row in self.rows)
         return [
             *([f"{known} of {len(self.rows)} had been measured before; again=True measures anew"] if known else []),
@@ -194,7 +195,7 @@ def tune(fn: Callable[..., Any], *args: Any, seconds: float = 0.5, again: bool =
     >>> len(report.rows), report.rows[0].winner in report.rows[0].times
     (2, True)
     """
-    return tune_problems(problems_in(jax.make_jaxpr(fn)(*args).jaxpr), seconds=seconds, again=again)
+    return tune_problems(problems_of(fn, *args), seconds=seconds, again=again)
 
 
 def tune_problems(problems: Iterable[ConvProblem], *, seconds: float = 0.5, again: bool = False) -> Report:

@@ -44,10 +44,12 @@ FLOORS = {
             ("algorithms.table",),
             ("planner",),
             ("convolve", "functional.arguments"),
-            ("lax", "rewrite", "grad", "tuning", "functional.nd", "functional.pad", "functional.fold"),
+            ("rewrite",),
+            ("lax", "grad", "tuning", "functional.nd", "functional.pad", "functional.fold"),
             ("functional.conv", "layers", "explaining"),
             ("functional", "target", "bench"),
             ("nnx", "linen", "cli"),
+            ("__main__",),
         ),
         start=1,
     )

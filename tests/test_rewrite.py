@@ -13,20 +13,27 @@ import optax
 import pytest
 from flax import nnx
 from jax import lax
-from jax.experimental import io_callback
+from jax.custom_derivatives import linear_call
+from jax.experimental import checkify, io_callback
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_transforms import DW, NHWC, TRANSFORMS, W, X, arrays, check, conv, mesh
+from tolerances import assert_close
 
 import jconv
 from jconv import convolve, rewrite
-from jconv.convolve import conv_p, problems_in
+from jconv.convolve import conv_p
 from jconv.planner import named
-from jconv.rewrite import problem_of
+from jconv.rewrite import problem_of, problems_of, steps_of
 
 stock = functools.partial(conv, lax.conv_general_dilated)
+
+
+def posed_in(jaxpr):
+    """The problems of jconv's primitive."""
+    return [s.equation.params["problem"] for s in steps_of(jaxpr) if s.equation.primitive is conv_p]
 
 
 def equations(jaxpr):
@@ -409,7 +416,7 @@ def test_shard_map(check_vma):
 
     f = jax.shard_map(step, mesh=mesh(), in_specs=(P("a"), P()), out_specs=(P("a"), P("a"), P()), check_vma=check_vma)
     same(f, x, w)
-    problems = problems_in(jax.make_jaxpr(jconv.accelerate(f))(x, w).jaxpr)
+    problems = posed_in(jax.make_jaxpr(jconv.accelerate(f))(x, w).jaxpr)
     assert len(problems) == 4 and all(p.out_sharding is None for p in problems)  # they are planned as elsewhere
     loss = lambda f: lambda x, w: sum(y.sum() for y in f(x, w))
     check(jax.jit(jax.grad(loss(jconv.accelerate(f)), (0, 1)))(x, w), jax.jit(jax.grad(loss(f), (0, 1)))(x, w))
@@ -593,7 +600,7 @@ def test_options(name):
     f = lambda x, w: lax.conv_general_dilated(x, w, **options)
     ours = lambda x, w: jconv.conv_general_dilated(x, w, **options)
     check(jconv.accelerate(f)(x, w), f(x, w))
-    posed = lambda f: problems_in(jax.make_jaxpr(f)(x, w).jaxpr)
+    posed = lambda f: posed_in(jax.make_jaxpr(f)(x, w).jaxpr)
     assert posed(jconv.accelerate(f)) == posed(ours) != []
     if name != "preferred":  # whose derivatives lax cannot take
         gradient = lambda f: jax.grad(lambda x, w: jnp.sin(f(x, w)).sum(), (0, 1))
@@ -607,7 +614,7 @@ def test_turned_kernels(dimensions):
     x, w = arrays((4, 4, 7, 6), (6, 4, 3, 2))
     f = lambda x, w: lax.conv(x, lax.rev(w, dimensions), (1, 1), "SAME")
     same(f, x, w)
-    (problem,) = problems_in(jax.make_jaxpr(jconv.accelerate(f))(x, w).jaxpr)
+    (problem,) = posed_in(jax.make_jaxpr(jconv.accelerate(f))(x, w).jaxpr)
     assert problem.reversed == (len(dimensions) == 2)
     g = lambda x, w: lax.conv(lax.rev(x, (2, 3)), lax.rev(lax.rev(w, (2, 3)), (2, 3)), (1, 1), "SAME") + w.sum()
     same(g, x, w)
@@ -627,7 +634,7 @@ def test_default_matmul_precision():
 
 def test_problem_of():
     found = [problem_of(e) for e in jax.make_jaxpr(lambda x, w: jnp.sin(stock(x, w)))(X, W).eqns]
-    ours = problems_in(jax.make_jaxpr(lambda x, w: conv(jconv.conv_general_dilated, x, w))(X, W).jaxpr)
+    ours = posed_in(jax.make_jaxpr(lambda x, w: conv(jconv.conv_general_dilated, x, w))(X, W).jaxpr)
     assert [p for p in found if p] == ours and len(ours) == 1
     assert found[-1] is None
     again = jax.make_jaxpr(lambda x, w: conv(jconv.conv_general_dilated, x, w))(X, W).eqns
@@ -1203,3 +1210,120 @@ def test_install_refuses_an_unknown_jax(clean, monkeypatch):
         jconv.install()
     monkeypatch.undo()
     assert not planned(jax.jit(pointwise), A, B)
+
+
+# What a review found.
+
+
+def test_a_symbolic_batch_beside_a_window_larger_than_the_output():
+    (batch,) = jax.export.symbolic_shape("b")
+    shapes = [jax.ShapeDtypeStruct(s, np.float32) for s in ((batch, 3, 7, 7), (10, 3, 7, 7))]
+    f = lambda x, w: lax.conv(x, w, (1, 1), "VALID")
+    exported = jax.export.export(jax.jit(jconv.accelerate(f)))(*shapes)
+    x, w = (np.random.default_rng(0).standard_normal((n, 3, 7, 7), np.float32) for n in (16, 10))
+    assert_close(exported.call(x, w), f(x, w), "auto", np.float32)
+
+
+@pytest.mark.parametrize("wrap", (jax.jit, lambda f: functools.partial(jax.jit(f))), ids=("jit", "partial"))
+def test_a_jitted_function_of_a_module_keeps_its_state(wrap):
+    module = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    jconv.accelerate(wrap(lambda m, x: m(x)))(module, jnp.arange(12.0).reshape(4, 3))
+    np.testing.assert_allclose(module.mean[...], [0.045, 0.055, 0.065], rtol=1e-6)
+
+
+def test_a_named_algorithm_under_custom_vjp_is_left_alone():
+    x, w = jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 1, 1))
+    f = lambda x, w: jconv.conv_general_dilated(x, w, (1, 1), "SAME", algorithm="xla", autodiff="custom_vjp")
+    assert "stablehlo.convolution" in jconv.accelerate(f).lower(x, w).as_text()
+    assert problems_of(f, x, w) == []
+
+
+def test_the_outer_algorithm_is_the_one():
+    x, w = jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 1, 1))
+    inner = jconv.accelerate(lambda x, w: lax.conv(x, w, (1, 1), "SAME"), algorithm="im2col")
+    assert "stablehlo.convolution" in jconv.accelerate(inner, algorithm="xla").lower(x, w).as_text()
+    assert "stablehlo.convolution" not in jconv.accelerate(inner).lower(x, w).as_text()
+
+
+def test_rules_in_thunks_are_swapped():
+    x, w = jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 1, 1))
+    conv = lambda x, w: lax.conv(x, w, (1, 1), "SAME")
+
+    @jax.custom_vjp
+    def custom(x, w):
+        return conv(x, w)
+
+    custom.defvjp(lambda x, w: (conv(x, w), (x, w)), lambda r, g: (r[0] * g.sum(), r[1] * g.sum()), optimize_remat=True)
+    linear = lambda x, w: linear_call(lambda w, x: conv(x, w), lambda w, g: conv(g, w.swapaxes(0, 1)), w, x)
+    for f in (custom, linear):
+        jaxpr = jax.make_jaxpr(jax.grad(lambda x, w, f=f: jconv.accelerate(f)(x, w).sum()))(x, w)
+        names = [s.equation.primitive.name for s in steps_of(jaxpr.jaxpr)]
+        assert "conv_general_dilated" not in names and "jconv" in names
+
+
+def test_checkify_names_the_convolution_that_makes_a_nan():
+    x, w = jnp.full((1, 3, 8, 8), jnp.inf), jnp.zeros((4, 3, 1, 1))
+    f = jconv.accelerate(lambda x, w: lax.conv(x, w, (1, 1), "SAME"))
+    error, _ = checkify.checkify(f, errors=checkify.nan_checks)(x, w)
+    assert "nan generated by primitive: jconv" in error.get()
+
+
+def test_a_static_argument_is_handed_over_as_it_is():
+    class Config:
+        pass
+
+    jax.tree_util.register_pytree_node(Config, lambda c: ((), None), lambda *_: Config())
+    config = Config()
+    config.factor = 3.0
+    assert jconv.accelerate(lambda c, x: x * c.factor, static_argnums=0)(config, 2.0) == 6.0
+
+
+def test_what_needs_a_value_is_refused_in_a_sentence():
+    for f in (np.asarray, lambda x: list(range(x)), lambda x: 1 if x > 0 else 2):
+        with pytest.raises(jconv.ConvTypeError, match="needs the value of an array"):
+            jconv.accelerate(lambda x, f=f: f(x))(3)
+
+
+def test_a_block_may_uninstall_itself():
+    with pytest.raises(KeyError), jconv.install():
+        jconv.uninstall()
+        raise KeyError
+
+
+def test_an_install_that_fails_leaves_no_trace(monkeypatch):
+    before = mlir._lowerings[lax.conv_general_dilated_p]
+    register = mlir.register_lowering
+
+    def failing(primitive, *args, **options):
+        if primitive is lax.conv_general_dilated_p:
+            raise RuntimeError("no")
+        return register(primitive, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlir, "register_lowering", failing)
+        with pytest.raises(RuntimeError):
+            jconv.install()
+    assert mlir._lowerings[lax.conv_general_dilated_p] is before
+    with pytest.raises(jconv.ConvError):
+        jconv.uninstall()
+
+
+def test_plans_and_tune_see_laxs_convolutions():
+    x, w = jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 3, 3))
+    loss = lambda w: (lax.conv(x, w, (1, 1), "SAME") ** 2).sum()
+    found = [p.problem for p in jconv.plans(jax.grad(loss), w)]
+    assert found == problems_of(jax.grad(jconv.accelerate(loss)), w) and len(found) == 2
+    assert [row.problem for row in jconv.tune(jax.grad(loss), w, seconds=0).rows] == found
+
+
+def test_a_decorator_with_arguments():
+    @jconv.accelerate(static_argnames="stride")
+    def f(x, w, stride):
+        return lax.conv(x, w, (stride, stride), "SAME")
+
+    assert f(jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 3, 3)), stride=2).shape == (1, 4, 4, 4)
+
+
+def test_a_linen_module_is_refused_in_a_sentence():
+    with pytest.raises(jconv.ConvTypeError, match="apply"):
+        jconv.accelerate(nn.Conv(8, (3, 3)))
