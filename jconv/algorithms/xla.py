@@ -126,6 +126,8 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
         rows = prod(problem.rhs_shape[1:])
         if problem.lhs_shape[0] < _FEW and min(problem.rhs_dilation, default=1) > 2:
             vectors //= 3
+        if problem.rhs_dilation == problem.output_shape[2:]:  # of patches
+            vectors //= 2
         if problem.spatial_rank == 1:
             vectors = vectors * 3 // 2
         unoptimised = 5 if problem.spatial_rank == 3 else 3 if problem.output_shape[-1] == 1 else 1
