@@ -16,7 +16,7 @@ test: $(VENV)/test.stamp
 # Models of Flax, Equinox, Haiku and Keras, in their own libraries: minutes, and not part of `make test`.
 models: export JCONV_STORE =
 models: $(VENV)/models.stamp
-	$(BIN)/python -m pytest tests/models -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest tests/models $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

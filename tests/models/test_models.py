@@ -32,13 +32,7 @@ SEEDS, STEPS = (1, 2, 3), 5
 MOST_TIMES_STOCK = 2.5
 TOLERANCE = TOLERANCES["auto", "float32"]
 WHATS = ("output", "gradient", "parameters", "statistics")  # the latter two: their change after five steps
-NAMES = [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in zoo.MODELS]  # one process a model: what ran is kept
-CASES = [
-    pytest.param(n, w, marks=pytest.mark.xdist_group(n))
-    for n in zoo.MODELS
-    for w in WHATS
-    if not (n == "Flax diffusion" and w == "statistics")  # it has none
-]
+CASES = [(n, w) for n in zoo.MODELS for w in WHATS if (n, w) != ("Flax diffusion", "statistics")]  # it has none
 
 
 def vector(tree):
@@ -111,7 +105,7 @@ def convolutions(name, program):
 
 
 @pytest.mark.parametrize("program", ("forward", "step"))
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", zoo.MODELS)
 def test_every_convolution_is_swapped(name, program):
     model = zoo.MODELS[name]()
     stock, none = convolutions(name, program)
@@ -142,7 +136,7 @@ def test_same_as_stock(name, what):
     assert difference <= depth * TOLERANCE
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", zoo.MODELS)
 def test_the_loss_falls_alike(name):
     stock, ours = (np.median(ran(name, how)["loss"], axis=0) for how in ("stock", "accelerate"))
     assert ours[-1] < ours[0]
@@ -240,7 +234,6 @@ def fitted(context):
     return vector(network.get_weights()) - start, np.array(losses)
 
 
-@pytest.mark.xdist_group("Keras fit")
 def test_keras_fit_under_install(monkeypatch):
     """28 steps of Keras's own loop: the loss after each, and the weights and the batch norms' statistics at the end."""
     stock, losses = fitted(contextlib.nullcontext())
