@@ -97,10 +97,8 @@ def call(found: Any, target: str, arguments: Sequence[jax.ShapeDtypeStruct]) -> 
         signature.bind(*arguments)
     except TypeError as error:
         wanted = ", ".join(signature.parameters) or "no arguments"
-        raise ConvError(
-            f"{target} takes {wanted}, but was given {len(arguments)} of --shape ({error}); give one for each, or name what "
-            f"{target}() returns, with the parentheses"
-        ) from None
+        remedy = "give one for each" if signature.parameters else f"write {target}() for what it returns"
+        raise ConvError(f"{target} takes {wanted}, but --shape gives {len(arguments)} ({error}); {remedy}") from None
     return Call(found, tuple(arguments))
 
 
