@@ -44,7 +44,7 @@ __all__ = [
     "grad", "install", "lax", "plan", "plans", "uninstall", "workspace_limit",
 ]  # fmt: skip
 
-_ON_FIRST_USE = ("explaining", "interop", "linen", "nnx", "tuning")
+_ON_FIRST_USE = ("explaining", "interop", "linen", "nnx", "parity", "tuning")
 _DOORS = {"explain": "explaining", "tune": "tuning"}
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``jconv demo``, ``explain``, ``tune``, ``bench``.
+"""The command line: ``jconv demo``, ``explain``, ``tune``, ``bench``, ``parity``.
 
 Exit codes: 0 fine, 1 a check failed, 2 bad input. Results go to stdout, everything else to stderr.
 """
@@ -6,6 +6,7 @@ Exit codes: 0 fine, 1 a check failed, 2 bad input. Results go to stdout, everyth
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import signal
 import sys
@@ -22,6 +23,7 @@ except ImportError as error:
     raise SystemExit(2) from None
 
 import jax
+import numpy as np
 
 import jconv
 from jconv import bench as benchmark
@@ -52,6 +54,7 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
       jconv explain mypackage.model:forward --shape 8,224,224,3
       jconv tune --lhs 8,56,56,64 --rhs 3,3,64,64
       jconv bench --json
+      jconv parity
     """
     if version:
         print(f"jconv {jconv.__version__}, jax {jax.__version__}")
@@ -291,6 +294,96 @@ def tune(
         raise typer.Exit(1)
 
 
+@app.command()
+def parity(
+    theirs: Annotated[
+        str | None,
+        typer.Argument(metavar="TORCH", help="package.module:factory or path/file.py:factory of a torch.nn.Module."),
+    ] = None,
+    ours: Annotated[
+        str | None,
+        typer.Argument(metavar="JAX", help="The same of its port: what jconv.parity.compare takes."),
+    ] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="FILE_OR_SIZES",
+            help="As PyTorch takes it: a .npy file, or sizes as 1,3,224,224 of random numbers; once for each input.",
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A .pth or .safetensors file to load into PyTorch's module and the port."),
+    ] = None,
+    load: Annotated[bool, typer.Option("--load", help="Load the PyTorch module's own weights into the port.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Compare in train mode.")] = False,
+    gradients: Annotated[bool, typer.Option(help="Compare gradients, too.")] = True,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as one HTML page.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu, gpu or tpu.  [default: JAX's own]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Compare with PyTorch: this library, or a network and its port.
+
+    Without arguments, the library's own check on this machine: a sweep of
+    convolutions, gradients included, against the PyTorch that is installed,
+    which computes in float64; in a few minutes. With two, a PyTorch network and
+    its JAX port, layer by layer, with the first layer that diverges and why.
+
+    A factory is a function without arguments that makes the network, or the
+    network itself. A port is an NNX module, a pair of a Linen module and its
+    variables, a pair of a function and its parameters, or a function.
+
+    The exit code is 1 if something differs, and 2 for bad input or where
+    PyTorch is not installed.
+
+    \b
+    Examples:
+      jconv parity
+      jconv parity model_torch.py:make model_jax.py:make --load \\
+        --input 1,3,224,224 --html report.html
+      jconv parity --device gpu --json
+    """
+    with _one_sentence():
+        try:
+            import torch
+        except ImportError:
+            raise ConvError("parity compares with PyTorch, which is not installed; pip install torch") from None
+        from jconv import parity as tool
+
+        if theirs is None:
+            alone = {"--input": inputs, "--weights": weights, "--load": load, "--train": train, "--html": html}
+            given = [name for name, value in alone.items() if value]
+            if given:
+                raise ConvError(
+                    f"{', '.join(given)} belong{'s' if len(given) == 1 else ''} to a comparison of two networks; name both, TORCH and JAX"
+                )
+            with _options(device="--device"):
+                report = tool.sweep(device=device)
+        else:
+            if ours is None:
+                raise ConvError(f"TORCH and JAX go together, got only {theirs!r}; name the port, too")
+            if not inputs:
+                raise ConvError(
+                    "--input is missing; give sizes as PyTorch takes them, such as 1,3,224,224, or a .npy file"
+                )
+            arrays = [_array(text, seed) for seed, text in enumerate(inputs)]
+            with contextlib.redirect_stdout(sys.stderr), _on(device), _options(torch_module="TORCH", port="JAX"):
+                module, port = _made(theirs, torch.nn.Module), _made(ours)
+                if weights is not None:
+                    _load(module, weights)
+                report = tool.compare(
+                    module, port, *arrays, gradients=gradients, train=train, load=load or weights is not None
+                )
+            if html is not None:
+                with _options(path="--html"):
+                    report.to_html(html)
+                print(f"Page: {html}", file=sys.stderr)
+    print(report.to_json()) if as_json else _show(report)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """The entry point of ``jconv``."""
     warnings.showwarning = lambda message, *_: print(f"jconv: {message}", file=sys.stderr)
@@ -372,6 +465,53 @@ def _problem(
             f"is larger than the input, {inside} with --padding; give a larger --lhs or --padding"
         )
     return problem
+
+
+def _made(name: str, kind: type | None = None) -> Any:
+    """What stands at a name; what a factory there makes."""
+    found = target.load(name)
+    is_factory = inspect.isfunction(found) and not inspect.signature(found).parameters
+    made = found() if is_factory or (inspect.isclass(found) and kind and issubclass(found, kind)) else found
+    if kind is not None and not isinstance(made, kind):
+        raise ConvError(
+            f"{name} is of type {type(made).__name__}, expected a torch.nn.Module or a function that makes one"
+        )
+    return made
+
+
+def _load(module: Any, path: Path) -> None:
+    """A checkpoint into PyTorch's module, read without running what is in it."""
+    import torch
+
+    from jconv import interop
+
+    state = {name: torch.from_numpy(array) for name, array in interop.read_checkpoint(path).items()}
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConvError(f"--weights {path} does not fit the PyTorch module: {error}") from None
+
+
+def _array(text: str, seed: int) -> np.ndarray:
+    """The array in a file, or random numbers of the sizes that are given."""
+    if not text.endswith(".npy"):
+        shape = _numbers("--input", text, 1)
+        return np.random.default_rng(seed).standard_normal(shape, np.float32)
+    try:
+        return np.load(text, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConvError(f"--input {text} cannot be read ({error}); give a .npy file, or sizes as 1,3,224,224") from None
+
+
+@contextlib.contextmanager
+def _on(device: str | None) -> Iterator[None]:
+    try:
+        found = jax.devices(device)[0]
+    except RuntimeError:
+        here = ", ".join(sorted({d.platform for d in jax.devices()}))
+        raise ConvError(f"--device must be one that JAX has here, {here}, got {device!r}") from None
+    with jax.default_device(found):
+        yield
 
 
 def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:

@@ -20,6 +20,10 @@ class StateDictError(ConvError):
     """A PyTorch state dict that cannot be read, or that does not fit the Flax parameters."""
 
 
+class ParityError(ConvError):
+    """Two networks that cannot be compared: one cannot be called, or what they take does not fit."""
+
+
 @contextlib.contextmanager
 def needs_flax(who: str) -> Iterator[None]:
     """Around an import of Flax: where it is not installed, an ImportError that says who needs it, and the remedy."""

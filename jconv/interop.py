@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -107,13 +107,7 @@ def load_torch(
     if eps is not None:
         _check_eps(eps, nnx, norms)
     modules = dict(source.named_modules()) if _is_torch_module(source) else {}
-    entries = _entries(source)
-    prefix = "module." if entries and all(name.startswith("module.") for name in entries) else ""
-    if any(slot.names[0].startswith("module.") for slot in slots):
-        prefix = ""
-    entries = {name.removeprefix(prefix): array for name, array in entries.items()}
-    kind_of = kind_lookup(kinds, (_layer(name) for name in entries))
-    originals = _renamed(entries, rename)
+    prefix, entries, originals, kind_of = _prepared(slots, source, rename, kinds)
     pairs, unclear_slots, unclear_names, misfits = _match(slots, originals)
 
     fitted: dict[int, np.ndarray] = {}
@@ -213,7 +207,54 @@ def to_torch(
     return state
 
 
+class Twin(NamedTuple):
+    """An array of a Flax model that has a twin in a PyTorch module: the twin's name, the path in Flax, and the array in
+    PyTorch's layout."""
+
+    name: str
+    path: tuple[str, ...]
+    array: np.ndarray
+
+
+def twins(
+    target: Any, module: Any, *, rename: _Rename | None = None, kinds: Mapping[str, str] | None = None
+) -> list[Twin]:
+    """The arrays of a Flax model that :func:`load_torch` would fill from a PyTorch module, in PyTorch's layout.
+
+    What is in the place of the parameters is taken as it is: a tree of gradients gives gradients.
+
+    Args:
+        target, module, rename, kinds: as in :func:`load_torch`.
+    """
+    slots, _ = slots_of(target)
+    modules = dict(module.named_modules())
+    prefix, _, originals, kind_of = _prepared(slots, module, rename, kinds)
+    found = []
+    for index, renamed in _match(slots, originals)[0].items():
+        slot, name = slots[index], originals[renamed]
+        twin = modules.get(prefix + _layer(name))
+        kind = kind_of(_layer(name)) or slot.kind or kind_by_name(slot) or kind_of_twin(slot, twin)
+        kind = kind or kind_by_rank(slot.array.ndim)
+        if kind == "conv_transpose" and slot.path[-1] == "kernel":
+            kind = f"conv_transpose:{getattr(twin, 'groups', 1)}"
+        found.append(Twin(prefix + name, slot.path, to_torch_layout(kind, np.asarray(slot.array), slot)))
+    return found
+
+
 # --- entries of a state dict -------------------------------------------------------------------------
+
+
+def _prepared(
+    slots: list[Slot], source: Any, rename: _Rename | None, kinds: Mapping[str, str] | None
+) -> tuple[str, dict[str, np.ndarray], dict[str, str], Callable[[str], str | None]]:
+    """The prefix that is dropped, the entries without it, old names by new ones, and the kinds that the caller gave."""
+    entries = _entries(source)
+    prefix = "module." if entries and all(name.startswith("module.") for name in entries) else ""
+    if any(slot.names[0].startswith("module.") for slot in slots):
+        prefix = ""
+    entries = {name.removeprefix(prefix): array for name, array in entries.items()}
+    kind_of = kind_lookup(kinds, (_layer(name) for name in entries))
+    return prefix, entries, _renamed(entries, rename), kind_of
 
 
 def _is_torch_module(source: object) -> bool:

@@ -295,6 +295,59 @@ def _steps(jaxpr: Any, runs: int, in_while: bool, around: tuple[Any, ...]) -> It
             yield from _steps(program, runs * turns, in_while or name == "while", (*around, equation))
 
 
+def scopes_of(fn: Callable[..., Any], *args: Any) -> tuple[Any, list[tuple[str, list[Any]]]]:
+    """Runs a function; what it returns, and what each of its named scopes gave, in the order in which they ended.
+
+    A scope gives what its last equation gave. The programs of ``jit``, ``checkpoint`` and custom derivatives are
+    entered, those of loops and branches are not.
+
+    Args:
+        fn: a function of arrays, with ``jax.named_scope`` around its layers.
+        args: arrays, or pytrees of them.
+
+    >>> def f(x):
+    ...     with jax.named_scope("twice"):
+    ...         y = 2 * x
+    ...     return y + 1
+    >>> scopes_of(f, jnp.float32(1))
+    (Array(3., dtype=float32), [('twice', [Array(2., dtype=float32)])])
+    """
+    traced, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+    ended: list[tuple[str, list[Any]]] = []
+    open_: dict[tuple[str, ...], list[Any]] = {}
+
+    def give(path: tuple[str, ...], values: list[Any]) -> None:
+        around = [path[:depth] for depth in range(1, len(path) + 1)]
+        for scope in [scope for scope in reversed(open_) if scope not in around]:
+            ended.append(("/".join(scope), open_.pop(scope)))
+        open_.update(dict.fromkeys(around, values))
+
+    def run(jaxpr: Any, consts: Sequence[Any], values: Sequence[Any], above: tuple[str, ...]) -> list[Any]:
+        known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
+        for equation in jaxpr.eqns:
+            stack = equation.source_info.name_stack.stack
+            path = above + tuple(n.name for n in stack if type(n).__name__ == "Scope")
+            operands = [known[v] if isinstance(v, Var) else v.val for v in equation.invars]
+            inner = next((equation.params[name] for name in _INLINED if name in equation.params), None)
+            if inner is not None and equation.primitive.name in _ENTERED:
+                program, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
+                results = run(program, consts, operands, path)
+            else:
+                found = equation.primitive.get_bind_params(equation.params)
+                functions, params = found if isinstance(found, tuple) else ((), found)  # jax 0.8, 0.10
+                results = equation.primitive.bind(*functions, *operands, **params)
+                results = list(results) if equation.primitive.multiple_results else [results]
+                give(path, results)
+            known.update(zip(equation.outvars, results, strict=True))
+        return [known[v] if isinstance(v, Var) else v.val for v in jaxpr.outvars]
+
+    results = run(traced.jaxpr, traced.consts, jax.tree.leaves(args), ())
+    give((), [])
+    return jax.tree.unflatten(jax.tree.structure(shape), results), ended
+
+
+_ENTERED = ("jit", "pjit", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call", "closed_call")
+_INLINED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 _ON_SCALARS = ("reduce", "scatter", "select_and_scatter")
 _RECOMPUTED = "rematted_computation"  # what jax.checkpoint runs anew
 

@@ -21,6 +21,7 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 
+pytest_plugins = ["pytester"]
 
 _tests = itertools.count(1)
 

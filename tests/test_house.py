@@ -20,7 +20,7 @@ FLOORS = {
     for floor, modules in enumerate(
         (
             ("errors",),
-            ("device", "problem", "checkpoint", "slots"),
+            ("device", "problem", "checkpoint", "slots", "parity.mistakes", "parity.page"),
             ("adjoint", "store", "algorithms.base", "algorithms"),
             (
                 "algorithms.xla",
@@ -42,13 +42,16 @@ FLOORS = {
                 "interop",
             ),
             ("algorithms.table",),
-            ("planner",),
+            ("planner", "parity.tolerances"),
             ("convolve", "functional.arguments"),
             ("rewrite",),
-            ("lax", "grad", "tuning", "functional.nd", "functional.pad", "functional.fold"),
-            ("functional.conv", "layers", "explaining"),
-            ("functional", "target", "bench"),
-            ("nnx", "linen", "cli"),
+            ("lax", "grad", "tuning", "functional.nd", "functional.pad", "functional.fold", "parity.recording"),
+            ("functional.conv", "layers", "explaining", "parity.pairing"),
+            ("functional", "target", "bench", "parity.report"),
+            ("nnx", "linen", "parity.comparison"),
+            ("parity.training", "parity.sweeping"),
+            ("parity",),
+            ("cli", "pytest_plugin"),
             ("__main__",),
         ),
         start=1,
@@ -76,9 +79,11 @@ def imports(module):
             for alias in node.names:
                 yield alias.name, top
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module, top
-            for alias in node.names:
-                yield f"{node.module}.{alias.name}", top
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            if not all(name.removeprefix("jconv.") in MODULES for name in names):
+                yield node.module, top
+            for name in names:
+                yield name, top
 
 
 def test_every_file_has_a_floor():
@@ -99,16 +104,21 @@ def test_who_may_import_what(module):
     for imported, top in imports(module):
         package = imported.split(".")[0]
         if package == "flax":
-            assert module in ("nnx", "linen") or (module in ("interop", "slots") and not top)
+            inside = module in ("interop", "slots", "parity.recording", "parity.comparison")
+            assert module in ("nnx", "linen") or (inside and not top)
         if package == "typer":
             assert module == "cli"
         if package == "rich":
-            assert module == "cli" or (module in ("tuning", "explaining", "bench") and not top)
+            tables = ("tuning", "explaining", "bench", "parity.report", "parity.sweeping")
+            assert module == "cli" or (module in tables and not top)
         if package == "matplotlib":
-            assert module == "explaining" and not top
+            assert module in ("explaining", "parity.page") and not top
         if package == "platformdirs":
             assert module == "store" and not top
-        assert package != "torch", f"{module} imports {imported}"
+        if package == "torch":
+            assert not top and module.startswith(("parity.", "cli")), f"{module} imports {imported}"
+        if package in ("optax", "pytest"):
+            assert (module, top) in (("parity.training", False), ("pytest_plugin", True))
         if imported.startswith(("jax.interpreters", "jax.extend")):
             assert module in ("convolve", "rewrite")
         assert not imported.startswith("jax._src")

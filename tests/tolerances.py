@@ -1,9 +1,4 @@
-"""How far a result may lie from the float64 reference, by (algorithm, dtype).
-
-The number is the largest absolute difference over the largest absolute value. Direct summation of a
-few hundred products rounds to a few units in the last place; an algorithm whose error grows by more
-than that (Winograd, FFT) gets a row of its own. A test never loosens its own tolerance.
-"""
+"""Whether a result is within the library's own table of tolerances. A test never loosens its own tolerance."""
 
 from __future__ import annotations
 
@@ -12,38 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-_DIRECT = {
-    "float16": 4e-3,
-    "bfloat16": 3e-2,
-    "float32": 2e-6,
-    "float64": 1e-14,
-    "complex64": 4e-6,
-    "complex128": 2e-14,
-}
-_DIRECT_CLASS = (
-    "xla",
-    "channel_last",
-    "groupwise",
-    "groupwise_winograd",
-    "pointwise",
-    "patches",
-    "depthwise",
-    "grouped",
-    "direct",
-    "im2col",
-    "fft",
-    "fold",
-    "volume",
-    "phase",
-    "subpixel",
-    "winograd",
-    "auto",
-)
-# F(4x4, 3x3): the transforms' entries reach 8, and their inverse's 5.
-_LOOSE = {"float32": 4e-5, "float64": 1e-13, "complex64": 8e-5, "complex128": 2e-13}
-TOLERANCES = {(name, dtype): t for name in _DIRECT_CLASS for dtype, t in _DIRECT.items()} | {
-    ("winograd4", dtype): t for dtype, t in _LOOSE.items()
-}
+from jconv.parity.tolerances import TOLERANCES
 
 
 def assert_close(actual: Any, expected: Any, algorithm: str, dtype: Any, factor: float = 1.0) -> None:
