@@ -32,7 +32,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/report.py $(if $(filter --quick,$(ARGS)),benchmarks/results/quick)
 
 docs: $(VENV)/docs.stamp
-	$(BIN)/pdoc --docformat google --output-directory site jconv jconv.nnx jconv.linen jconv.interop jconv.tuning jconv.explaining
+	$(BIN)/pdoc --docformat google --output-directory site jconv jconv.nnx jconv.linen jconv.interop jconv.tuning jconv.explaining jconv.parity
 
 $(VENV)/%.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -49,9 +49,9 @@ def page(report: Any, cells: Callable[[Sequence[Any]], list[tuple[str, ...]]]) -
     body += [_diagnosis(d.place or d.layer or "(output)", d.mistake, d.text) for d in report.diagnoses]
     if any(row.part == "layer" for row in report.rows):
         body += ["<h2>How far each layer is from PyTorch in float64</h2>", _svg(error_figure(report.rows, "layer"))]
+    body.append(_maps(report.rows))
     if any(row.part == "gradient" for row in report.rows):
         body += ["<h2>How far each gradient is</h2>", _svg(error_figure(report.rows, "gradient"))]
-    body.append(_maps(report.rows))
     for part, title in _PARTS.items():
         rows = [row for row in report.rows if row.part == part]
         if rows:

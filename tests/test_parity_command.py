@@ -1,8 +1,9 @@
-"""The sweep against PyTorch, and the command ``jconv parity``."""
+"""The sweep against PyTorch, the command ``jconv parity``, and the examples of parity."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from jconv.errors import ParityError
 from jconv.parity import sweeping
 from jconv.parity.sweeping import DTYPES, Case
 
+ROOT = Path(__file__).resolve().parent.parent
 ALL = list(sweeping.cases())
 SOME = [
     Case("conv2d", ((2, 3, 9, 8), (4, 3, 3, 3), (4,)), (("stride", 2), ("padding", 1))),
@@ -202,3 +204,29 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folder, name):
     done = jconv_parity(*arguments)
     assert done.exit_code == 2, done.output
     assert done.stderr.count("\n") == 1 and text in done.stderr, done.stderr
+
+
+# --- the examples --------------------------------------------------------------------------------------------
+
+
+def example(name, *arguments, folder):
+    command = [sys.executable, ROOT / "examples" / f"{name}.py", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+
+
+def test_the_example_finds_and_mends_its_mistakes(tmp_path):
+    done = example("find_divergence", "--html", "page.html", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second, third = done.stdout.split("The port, ")[1:]
+    assert "First divergent: conv1." in first and "conv1: SAME padding" in first and "conv2: SAME padding" in first
+    assert "First divergent: fc." in second and "before fc: flatten order" in second
+    assert "Equal within rounding" in third
+    assert "SAME padding" in (tmp_path / "page.html").read_text()
+
+
+def test_efficientnet_is_its_pytorch_source(tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    done = example("parity_efficientnet", "--plot", "errors.png", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Equal within rounding: 116 layers, 150 gradients." in done.stdout
+    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
