@@ -1006,3 +1006,55 @@ def test_a_browser_shows_the_pages_without_an_error(tmp_path):
         if path is not planted:
             pixels = np.asarray(Image.open(picture).convert("L"), np.float64)
             assert pixels.shape == (1600, 1240) and pixels.std() > 10  # something is drawn
+
+
+# --- several outputs, and of any kind -------------------------------------------------------------------------
+
+
+class Several(tn.Module):
+    def forward(self, x, tokens):
+        return {"b": x * 2, "a": (x.argmax(1), tokens > 2), "c": torch.fft.rfft(x)}
+
+
+def several(x, tokens):
+    return {"c": jnp.fft.rfft(x), "b": x * 2, "a": (x.argmax(1), tokens > 2)}
+
+
+def test_dicts_integers_truth_values_and_complex_numbers():
+    x, tokens = image(2, 8), torch.arange(6).reshape(2, 3)
+    report = parity.compare(Several(), several, x, tokens)
+    assert report.ok, str(report)
+    assert [row.name for row in report.rows] == ["[0]", "[1]", "[2]", "[3]", "input 0"]
+
+
+@pytest.mark.parametrize(
+    "key, wrong", [("b", lambda v: v + 1e-3), ("c", lambda v: v.conj()), ("a", lambda v: (v[0] + 1, v[1]))]
+)
+def test_one_of_several_outputs_differs(key, wrong):
+    def port(x, tokens):
+        out = several(x, tokens)
+        return out | {key: wrong(out[key])}
+
+    assert not parity.compare(Several(), port, image(2, 8), torch.arange(6).reshape(2, 3)).ok
+
+
+def test_another_number_of_outputs_differs():
+    report = parity.compare(Several(), lambda x, t: several(x, t)["b"], image(2, 8), torch.arange(6).reshape(2, 3))
+    assert report.first_divergent == "(output)" and "4 arrays / 1 arrays" in str(report)
+
+
+def test_a_network_that_draws_random_numbers_judges_nothing():
+    with pytest.raises(ParityError, match="draws random numbers, or float32 is not enough"):
+        parity.compare(Function(lambda _, x: x + torch.randn_like(x)), lambda x: x, image(2, 8))
+
+
+def test_a_gradient_is_judged_in_float64():
+    """A gradient that is off by a millionth, which float32 would not show."""
+
+    @jax.custom_vjp
+    def tanh(x):
+        return jnp.tanh(x)
+
+    tanh.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g * (1 - jnp.tanh(x) ** 2) * (1 + 1e-7),))
+    report = parity.compare(tn.Tanh(), tanh, image(2, 8))
+    assert report.first_divergent == "input 0" and report.rows[0].ok

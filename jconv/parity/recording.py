@@ -136,16 +136,35 @@ def as_tensor(x: Any, dtype: Any) -> Any:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
+def tensors_of(tree: Any) -> list[Any]:
+    """The tensors in a PyTorch structure, in the order in which JAX flattens it: dicts by their sorted keys."""
+    import torch
+
+    found = []
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, Mapping):  # of a class that JAX does not know
+            found += tensors_of(dict(leaf))
+    return found
+
+
 def _arrays(tree: Any) -> list[np.ndarray]:
     """The tensors in a PyTorch structure, copied, since layers work in place."""
     import torch
-    from torch.utils._pytree import tree_leaves
 
     return [
-        (leaf.detach().clone() if leaf.dtype != torch.bfloat16 else leaf.detach().float()).numpy()
-        for leaf in tree_leaves(tree)
-        if isinstance(leaf, torch.Tensor)
+        as_real((x.detach().clone() if x.dtype != torch.bfloat16 else x.detach().float()).numpy())
+        for x in tensors_of(tree)
     ]
+
+
+def as_real(array: Any) -> np.ndarray:
+    """An array of real numbers: complex ones as pairs, truth values as 0 and 1."""
+    array = np.asarray(array)
+    if array.dtype.kind == "c":
+        return np.stack([array.real, array.imag], -1)
+    return array.astype(np.uint8) if array.dtype.kind == "b" else array
 
 
 _FAMILIES = {
@@ -302,8 +321,8 @@ class Port:
             with jax.disable_jit():
                 outputs, after, arrays = program(self.state, list(inputs))
         for layer, (taken, given) in zip(meta, arrays, strict=True):
-            layer.inputs, layer.outputs = [*map(np.asarray, taken)], [*map(np.asarray, given)]
-        outputs = [np.asarray(out) for out in outputs]
+            layer.inputs, layer.outputs = [*map(as_real, taken)], [*map(as_real, given)]
+        outputs = [as_real(out) for out in outputs]
         whole = meta.pop().kind if meta and not meta[-1].name else "function"
         meta.append(Layer("", whole, "", [np.asarray(x) for x in inputs], outputs, is_leaf=not meta))
         return Recording(meta, outputs, after)

@@ -57,9 +57,16 @@ def noise_of(exact: np.ndarray, plain: np.ndarray) -> float:
 
 
 def numbers_of(
-    exact: np.ndarray, plain: np.ndarray, ours: np.ndarray, wide: np.ndarray | None, gradient: bool = False
-) -> Numbers:
+    exact: np.ndarray, plain: np.ndarray, ours: np.ndarray, wide: np.ndarray | None, *,
+    gradient: bool = False, double: bool = False,
+) -> Numbers:  # fmt: skip
     """Compares arrays of one shape: PyTorch's in float64 and float32, the port's in float32 and float64.
+
+    Args:
+        exact, plain, ours, wide: the four.
+        gradient: whether float32 is not judged: at a kink it turns an element on or off, in PyTorch as in the port, and not
+            the same element.
+        double: whether the port is known to keep float64 all the way, which leaves no room for float32's rounding.
 
     >>> x = np.array([1.0, 2.0])
     >>> numbers_of(x, x.astype(np.float32), x.astype(np.float32), x + 1e-3).ok
@@ -71,8 +78,8 @@ def numbers_of(
     if apart is None:
         ok = difference <= MOST_WITHOUT_FLOAT64 * unit
     else:
-        # A gradient in float32 turns on or off at a kink, in PyTorch as in the port, and not at the same element.
-        ok = apart <= MOST_IN_FLOAT64 * unit and (gradient or difference <= MOST_IN_FLOAT32 * unit)
+        most = max(1e-4 * unit, 1e-9 * largest) if double else MOST_IN_FLOAT64 * unit
+        ok = apart <= most and (gradient or difference <= MOST_IN_FLOAT32 * unit)
     scale = largest or 1.0
     return Numbers(
         largest, unit, difference, difference / scale, difference / ulp(largest), difference / unit,
@@ -131,19 +138,26 @@ class Row:
         return self.numbers is not None and self.numbers.ok
 
     @property
+    def is_double(self) -> bool:
+        """Whether the port's float64 result has float64's own error."""
+        return self.numbers is not None and self.numbers.exact is not None and self.numbers.exact < 1e-10
+
+    @property
     def label(self) -> str:
         return self.name or "(output)"
 
     @classmethod
     def of(
         cls, part: str, name: str, port: str, kind: str, exact: np.ndarray, plain: np.ndarray, ours: np.ndarray,
-        wide: np.ndarray | None, view: View | None, paired: str, gradient: bool = False,
+        wide: np.ndarray | None, view: View | None, paired: str, *, gradient: bool = False, double: bool = False,
     ) -> Row:  # fmt: skip
         numbers = maps = None
         if view is not None:
             brought = view.bring(ours)
             fits = wide is not None and wide.shape == ours.shape
-            numbers = numbers_of(exact, plain, brought, view.bring(wide) if fits else None, gradient)
+            numbers = numbers_of(
+                exact, plain, brought, view.bring(wide) if fits else None, gradient=gradient, double=double
+            )
             if part == "layer" and exact.ndim == 4 and min(exact.shape[2:], default=1) > 1:
                 maps = _maps(exact, brought)
         return cls(part, name, port, kind, exact.shape, ours.shape, str(view or ""), paired, numbers, maps)
@@ -314,7 +328,15 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         shape = _x(row.shape)
         if row.numbers is None:
             found.append(
-                ("NO", row.label, row.kind, row.port, row.paired, f"{shape} / {_x(row.port_shape)}", "", *[""] * 6)
+                (
+                    "NO",
+                    row.label,
+                    row.kind,
+                    row.port,
+                    row.paired,
+                    row.view or f"{shape} / {_x(row.port_shape)}",
+                    *[""] * 7,
+                )
             )
             continue
         n = row.numbers
