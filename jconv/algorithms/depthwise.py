@@ -183,13 +183,15 @@ def _kernel_gradient(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> ja
     x = _repeated(lhs, lhs_spec[0], problem.rhs_shape[0] // problem.groups)
     g = rhs.transpose(tuple(rhs_spec[axis] for axis in inverse(lhs_spec)))
     first, *others = _window(problem) or (1,)
-    # Neighbours along the first axis, which one sum takes several positions of, share most of what they load.
-    taps = [(t, *rest)[: problem.spatial_rank] for rest in np.ndindex(*others) for t in range(first)]
     rows = _rows_at_once(problem)
-    z = _tap_sums(problem, x, g, taps) if rows is None else _by_chunks(problem, rows, x, g, taps)
-    if x.dtype.kind == "f":
-        z = jnp.stack([z.real, z.imag], 1).reshape(-1, z.shape[-1])[: len(taps)]
-    kernel = jnp.moveaxis(z.reshape(*others, first, 1, -1), len(others), 0).reshape(*_window(problem), 1, -1)
+    if rows is None:
+        # Neighbours along the first axis, which one sum takes several positions of, share most of what they load.
+        taps = [(t, *rest)[: problem.spatial_rank] for rest in np.ndindex(*others) for t in range(first)]
+        z = _parted(_tap_sums(problem, x, g, taps), x.dtype, len(taps))
+        z = jnp.moveaxis(z.reshape(*others, first, -1), len(others), 0)
+    else:
+        z = _by_chunks(problem, rows, x, g)
+    kernel = z.reshape(*_window(problem), 1, -1)
     logical = (kernel.ndim - 2, kernel.ndim - 1, *range(kernel.ndim - 2))
     return kernel.transpose(tuple(logical[axis] for axis in inverse(out_spec)))
 
@@ -206,10 +208,12 @@ def _rows_at_once(problem: ConvProblem) -> int | None:
     return min(rows, max(4, rows * _CACHED_BYTES // image // 4 * 4))
 
 
-def _by_chunks(
-    problem: ConvProblem, rows: int, x: jax.Array, g: jax.Array, taps: Sequence[tuple[int, ...]]
-) -> jax.Array:
-    """One image and ``rows`` rows of g at a time, with the rows of x that they meet."""
+def _by_chunks(problem: ConvProblem, rows: int, x: jax.Array, g: jax.Array) -> jax.Array:
+    """One image and ``rows`` rows of g at a time, with the rows of x that they meet; inside, a loop over the taps of the
+    first of several axes, so that only those of the others are compiled."""
+    first, taps = _window(problem)[0], list(np.ndindex(1, *_window(problem)[1:]))
+    if len(taps) == 1:
+        first, taps = 1, list(np.ndindex(*_window(problem)))
     batch_axis, spatial = problem.layout.lhs_spec[1], problem.layout.lhs_spec[2:]
     row_axis = min(spatial)
     count = -(-g.shape[row_axis] // rows)
@@ -226,8 +230,10 @@ def _by_chunks(
             x_sizes[axis], g_sizes[axis], row_step = window_reach + (rows - 1) * d, rows, d
     x, g = _pad(x, x_pads), _pad(g, g_pads)
     x_sizes[batch_axis] = g_sizes[batch_axis] = 1
+    met = list(x_sizes)  # by one tap of the first axis
+    met[spatial[0]] -= (first - 1) * problem.strides[0]
     chunk = problem.replace(
-        lhs_shape=tuple(x_sizes[axis] for axis in problem.layout.lhs_spec),
+        lhs_shape=tuple(met[axis] for axis in problem.layout.lhs_spec),
         rhs_shape=tuple(g_sizes[axis] for axis in problem.layout.lhs_spec),
         padding=((0, 0),) * len(spatial),
         lhs_dilation=(1,) * len(spatial),
@@ -238,11 +244,18 @@ def _by_chunks(
         starts[batch_axis] = b // count
         x_starts, g_starts = list(starts), list(starts)
         x_starts[row_axis], g_starts[row_axis] = b % count * rows * row_step, b % count * rows
-        part = (lax.dynamic_slice(x, x_starts, x_sizes), lax.dynamic_slice(g, g_starts, g_sizes))
-        return z + _tap_sums(chunk, *part, taps, chunked=True)
+        x_part, g_part = lax.dynamic_slice(x, x_starts, x_sizes), lax.dynamic_slice(g, g_starts, g_sizes)
+
+        def of_row(t: jax.Array) -> jax.Array:
+            x_row = lax.dynamic_slice_in_dim(x_part, t * problem.strides[0], met[spatial[0]], spatial[0])
+            return _tap_sums(chunk, x_row, g_part, taps, chunked=True)
+
+        return z + lax.map(of_row, jnp.arange(first))
 
     result = jax.eval_shape(functools.partial(_tap_sums, problem, taps=taps), x, g)
-    return lax.fori_loop(0, x.shape[batch_axis] * count, add, zeros_as(x, result.shape, result.dtype))
+    zeros = zeros_as(x, (first, *result.shape), result.dtype)
+    z = lax.fori_loop(0, x.shape[batch_axis] * count, add, zeros)
+    return _parted(z, x.dtype, len(taps))
 
 
 def _tap_sums(
@@ -300,6 +313,13 @@ def _block_lengths(problem: ConvProblem, chunked: bool) -> tuple[int, ...]:
             lengths[i] = divisor if 2 * divisor >= most else most
             budget //= lengths[i]
     return tuple(lengths)
+
+
+def _parted(z: jax.Array, dtype: np.dtype, taps: int) -> jax.Array:
+    """A row for each of the taps that :func:`_tap_sums` summed, of operands of ``dtype``."""
+    if dtype.kind == "f":
+        z = jnp.stack([z.real, z.imag], -2).reshape(*z.shape[:-2], -1, z.shape[-1])[..., :taps, :]
+    return z
 
 
 def _total(z: jax.Array, axis: int) -> jax.Array:

@@ -34,7 +34,7 @@ from jconv.problem import ConvProblem, is_static
 
 _MOST_TAPS = 128
 _NARROW = 32  # features of a block below which the shifted sums cost less than more columns
-_CHUNK_BYTES = 1 << 21  # of columns at a time
+_CHUNK_BYTES = 1 << 20  # of columns at a time
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Grouped:
             2 * problem.macs * q // (1 if gradient else prod(problem.lhs_dilation)),
             operand_bytes(problem) + (2 * columns if taps > 1 else 0),
             columns // images * _images(images, columns // images * q // problem.groups) * q // problem.groups,
-            min(900, (120 if gradient else 170) + 4 * q * features),
+            800 if gradient else min(900, 170 + 4 * q * features),
         )
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -170,9 +170,10 @@ def _kernel_gradient(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> ja
         x = pad_and_dilate(problem, x, range(1, x.ndim - 1))
         x = _columns(x, taps, problem.strides, problem.window, problem.rhs_dilation)
         g = _part(rhs, (rhs_spec[1], *rhs_spec[2:], rhs_spec[0]), i, images, b, q * outputs)
-        positions = tuple(range(x.ndim - 1))
+        # Rows first: XLA:CPU multiplies two matrices along their rows in place, but copies what has more axes.
+        x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
         return lax.dot_general(
-            g, x, ((positions, positions), ((), ())),
+            g, x, (((0,), (0,)), ((), ())),
             precision=problem.precision, preferred_element_type=accumulator(problem),
         )  # fmt: skip
 

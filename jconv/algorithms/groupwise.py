@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jconv.adjoint import merge_axis
-from jconv.algorithms.base import Accuracy, Algorithm, Cost, refuse_unsized
+from jconv.algorithms.base import Accuracy, Algorithm, Cost, operand_bytes, refuse_unsized
 from jconv.device import Device
 from jconv.problem import ConvProblem
 
@@ -36,9 +36,10 @@ class Groupwise:
         group, groups = _group(problem), problem.groups
         one = self.inner.cost(group, device)
         width = min(group.lhs_shape[0 if problem.is_weight_gradient else 1], group.rhs_shape[0])
-        sliced = max(2, 2 * _LANES // width)  # a slice of few features touches the cache lines of all
+        # A slice of few features touches the cache lines of all; in a kernel gradient it is transposed, too.
+        sliced = max(8 if problem.is_weight_gradient else 2, 2 * _LANES // width) - 1
         return Cost(
-            one.flops * groups, one.bytes * groups * sliced, one.workspace, one.efficiency, one.unit,
+            one.flops * groups, one.bytes * groups + sliced * operand_bytes(problem), one.workspace, one.efficiency, one.unit,
             (one.kernels + (12 if problem.is_weight_gradient else 4)) * groups, one.threads,
         )  # fmt: skip
 
