@@ -368,7 +368,7 @@ def parity(
                     "--input is missing; give sizes as PyTorch takes them, such as 1,3,224,224, or a .npy file"
                 )
             arrays = [_array(text, seed) for seed, text in enumerate(inputs)]
-            with contextlib.redirect_stdout(sys.stderr), _on(device), _options(torch_module="TORCH", port="JAX"):
+            with contextlib.redirect_stdout(sys.stderr), _on(device):
                 module, port = _made(theirs, torch.nn.Module), _made(ours)
                 if weights is not None:
                     _load(module, weights)
@@ -471,7 +471,10 @@ def _made(name: str, kind: type | None = None) -> Any:
     """What stands at a name; what a factory there makes."""
     found = target.load(name)
     is_factory = inspect.isfunction(found) and not inspect.signature(found).parameters
-    made = found() if is_factory or (inspect.isclass(found) and kind and issubclass(found, kind)) else found
+    try:
+        made = found() if is_factory or inspect.isclass(found) else found
+    except TypeError as error:
+        raise ConvError(f"{name} cannot be called without arguments ({error}); name a function that can") from None
     if kind is not None and not isinstance(made, kind):
         raise ConvError(
             f"{name} is of type {type(made).__name__}, expected a torch.nn.Module or a function that makes one"

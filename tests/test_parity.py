@@ -1,9 +1,11 @@
 """compare: right ports are equal, planted mistakes are found, named and explained."""
 
+import copy
 import json
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,7 @@ def image(*shape):
 
 def settled(module, *inputs, steps=2):
     """Random weights, and running statistics that are no longer 0 and 1."""
+    module = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -623,9 +626,9 @@ def test_a_right_port_is_equal(name, float64):
         gradients = [row.name for row in report.rows if row.part == "gradient"]
         assert {n for n, _ in theirs.named_parameters()} <= set(gradients)
     for row in report.rows:
-        # A function closes over float32 weights, and nnx.Embed computes in its parameters' own dtype.
+        # A function closes over float32 weights.
         assert (row.numbers.exact is not None) == (float64 and name != "a function of the inputs")
-        assert row.numbers.relative < 1e-3 and (row.numbers.exact or 0) < (1e-6 if name == "transformer" else 1e-11)
+        assert row.numbers.relative < 1e-3 and (row.numbers.exact or 0) < 1e-11
 
 
 @pytest.mark.parametrize("make", [nnx_resnet, linen_resnet])
@@ -794,6 +797,23 @@ ERRORS = {
     "load into a function": (
         lambda: parity.compare(tn.Linear(2, 2), jnp.tanh, image(2, 2), load=True), "load=True needs a port with parameters"
     ),
+    "a class": (lambda: parity.compare(tn.Linear(2, 2), NnxDigits, image(2, 2)), "The port is a class, NnxDigits"),
+    "bare parameters": (
+        lambda: parity.compare(tn.Linear(2, 2), (nn.Dense(2), {"kernel": 1}), image(2, 2)), "must be what its init returned"
+    ),
+    "not finite": (lambda: parity.compare(tn.ReLU(), jnp.tanh, image(2) * float("nan")), "gives no finite number"),
+    "batches": (
+        lambda: parity.compare_training(Digits(), 0, image(2, 1, 8, 8), optimizer=OPTIMIZERS["SGD"](Digits())),
+        "batches must hold pairs",
+    ),
+    "an optimizer of the port": (
+        lambda: parity.compare_training(Digits(), 0, batches(), optimizer=OPTIMIZERS["SGD"](Digits()), port_optimizer=3),
+        "port_optimizer is of type int",
+    ),
+    "an optimizer of another module": (
+        lambda: parity.compare_training(Digits(), 0, batches(), optimizer=OPTIMIZERS["SGD"](Digits())),
+        "a parameter that is none of torch_module's",
+    ),
     "groups": (
         lambda: parity.optax_of(torch.optim.SGD([{"params": [torch.ones(1)]}, {"params": [torch.ones(2)]}], lr=1)),
         "2 parameter groups",
@@ -900,7 +920,7 @@ def test_trainings_are_equal(name):
     assert report.ok and report.parts_at is None, str(report)
     assert len(report.exact) == 7 and report.exact[3] != report.exact[0]
     assert np.abs(report.wide - report.exact).max() < 1e-11
-    assert {row.name for row in report.rows} == {n for n, _ in theirs.named_parameters()}
+    assert {row.name for row in report.rows} == {"bn.running_mean", *(n for n, _ in theirs.named_parameters())}
     assert json.loads(report.to_json())["losses"]["torch_float64"] == report.exact.tolist()
 
 
@@ -944,9 +964,9 @@ def test_a_training_parts_by_a_mistake_of_the_network():
     torch.manual_seed(0)
     theirs = Digits()
     port = interop.load_torch(NnxDigits(nnx.Rngs(0)), theirs)
-    port.bn.epsilon = 1e-2  # which load=True would mend
+    port.bn.epsilon = 1e-2  # which is the port's own, also where weights are loaded
     report = parity.compare_training(
-        theirs, port, batches(), optimizer=OPTIMIZERS["SGD"](theirs), load=False, loss=(F.cross_entropy, cross_entropy)
+        theirs, port, batches(), optimizer=OPTIMIZERS["SGD"](theirs), load=True, loss=(F.cross_entropy, cross_entropy)
     )
     assert report.parts_at == 0 and report.comparison.first_divergent == "bn"
     assert report.diagnoses[0][0] == "norm epsilon", str(report)
@@ -1058,3 +1078,172 @@ def test_a_gradient_is_judged_in_float64():
     tanh.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g * (1 - jnp.tanh(x) ** 2) * (1 + 1e-7),))
     report = parity.compare(tn.Tanh(), tanh, image(2, 8))
     assert report.first_divergent == "input 0" and report.rows[0].ok
+
+
+# --- what a review found: each once called wrong networks equal, or right ones wrong ------------------------------
+
+
+def test_an_output_that_is_not_there_is_no_parity():
+    x = image(2, 5)
+    two = Function(lambda _, x: (torch.tanh(x), torch.exp(x)))
+    for port in (lambda x: None, jnp.tanh, lambda x: (jnp.tanh(x), None)):
+        assert not parity.compare(two, port, x).ok
+    with pytest.raises(ParityError, match="returns no tensors"):
+        parity.compare(Function(lambda _, x: 3), jnp.tanh, x)
+
+
+@pytest.mark.parametrize(
+    "axes, shape", [((1, 0), (5, 7)), ((1, 0, 2), (3, 5, 7)), ((0, 2, 1), (2, 8, 8)), ((0, 2, 1), (2, 5, 7))]
+)
+def test_axes_that_are_swapped_differ(axes, shape):
+    assert not parity.compare(tn.Tanh(), lambda x: jnp.tanh(x).transpose(axes), image(*shape)).ok
+
+
+def test_an_image_whose_axes_are_swapped_differs():
+    x = image(2, 3, 8, 10)
+    theirs = settled(tn.Sequential(tn.Conv2d(3, 4, 3)), x)
+    port = loaded(lambda: jnn.Conv2d(3, 4, 3, rngs=R), lambda: lambda x: x.swapaxes(1, 2))(theirs)
+    assert not parity.compare(theirs, port, x).ok
+
+
+def test_a_gradient_that_is_not_finite_in_float32_differs():
+    x = image(2, 5)
+    x[0, 0] = 100
+    softplus = lambda x: jnp.where(x > 50, x, jnp.log1p(jnp.exp(x)))
+    report = parity.compare(Function(lambda _, x: F.softplus(x)), softplus, x)
+    assert report.first_divergent == "input 0" and report.rows[0].ok
+
+
+def test_a_mask_hides_nothing():
+    x = image(4, 6)
+    mask = np.arange(6) > 3
+
+    def masked(fill, where):
+        return lambda y: where(mask, fill, y)
+
+    theirs = settled(
+        Function(lambda self, x: self.l(x).masked_fill(torch.from_numpy(mask), -1e9), l=tn.Linear(6, 6)), x
+    )
+    w, b = (jnp.asarray(p.detach().numpy()) for p in theirs.parameters())
+    assert parity.compare(theirs, lambda x: jnp.where(mask, -1e9, x @ w.T + b), x, gradients=False).ok
+    assert not parity.compare(theirs, lambda x: jnp.where(mask, -1e9, x @ w.T), x, gradients=False).ok
+
+
+def test_integers_are_exact():
+    x = image(3, 4)
+    theirs = Function(lambda _, x: (x * 1e7).long())
+    assert not parity.compare(theirs, lambda x: (x * 1e7).astype(int) + 3, x).ok
+
+
+def test_epsilon_is_not_mended_by_loading():
+    theirs, _, x = small()
+    port = Seq(jnn.Conv2d(3, 4, 3, padding=1, rngs=R), nnx.BatchNorm(4, epsilon=1e-1, rngs=R), nnx.relu)
+    port.eval()
+    report = parity.compare(theirs, port, x, load=True)
+    assert [d.mistake for d in report.diagnoses] == ["norm epsilon"] and port.layers[1].epsilon == 1e-1
+
+
+def test_the_momentum_of_a_training_is_seen_at_its_end():
+    torch.manual_seed(0)
+    theirs, port = Digits(), NnxDigits(nnx.Rngs(0))
+    port.bn.momentum = 0.99
+    report = parity.compare_training(theirs, port, batches(), optimizer=OPTIMIZERS["SGD"](theirs))
+    assert not report.ok and report.parts_at is None and report.diagnoses[0][0] == "BatchNorm momentum", str(report)
+
+
+def test_a_part_of_the_parameters_is_trained():
+    torch.manual_seed(0)
+    theirs = Digits()
+    theirs.bn.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([*theirs.fc.parameters(), *theirs.bn.parameters()], lr=0.1)
+    report = parity.compare_training(theirs, NnxDigits(nnx.Rngs(0)), batches(), optimizer=optimizer)
+    assert report.ok, str(report)
+
+
+def test_modules_without_parameters_run_in_float64():
+    x = image(2, 5)
+    report = parity.compare(
+        Function(lambda _, x: torch.exp(x).pow(9).cumprod(-1)), lambda x: jnp.cumprod(jnp.exp(x) ** 9, -1), x
+    )
+    assert report.ok and report.rows[0].numbers.exact < 1e-12, str(report)
+    cell = settled(tn.GRUCell(5, 4), x)  # which makes its own state
+    assert parity.compare(cell, lambda x: gru(x, *(jnp.asarray(p.detach().numpy()) for p in cell.parameters())), x).ok
+
+
+def gru(x, w, u, b, c):
+    h = jnp.zeros((len(x), 4))
+    r, z, n = jnp.split(x @ w.T + b, 3, -1)
+    hr, hz, hn = jnp.split(h @ u.T + c, 3, -1)
+    z = jax.nn.sigmoid(z + hz)
+    return (1 - z) * jnp.tanh(n + jax.nn.sigmoid(r + hr) * hn) + z * h
+
+
+class Rematerialised(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(5, name="head")(nn.remat(nn.Dense)(6, name="body")(x))
+
+
+@nnx.jit
+def traced_before(layer, x):
+    return layer(x)
+
+
+def test_layers_inside_remat_and_jit():
+    x = image(3, 4)
+    theirs = settled(Function(lambda self, x: self.head(self.body(x)), body=tn.Linear(4, 6), head=tn.Linear(6, 5)), x)
+    module = Rematerialised()
+    report = parity.compare(theirs, (module, module.init(jax.random.key(0), jnp.ones((1, 4)))), x, load=True)
+    assert report.ok and {"head"} <= {row.name for row in report.rows}, str(report)
+    port = Call(
+        lambda self, x: self.head(traced_before(self.body, x)),
+        body=nnx.Linear(4, 6, rngs=R),
+        head=nnx.Linear(6, 5, rngs=R),
+    )
+    port(jnp.asarray(x))
+    report = parity.compare(theirs, port, x, load=True)
+    assert report.ok and {"head"} <= {row.name for row in report.rows}, str(report)
+
+
+def test_a_fused_layer_is_paired_with_none_of_its_parts():
+    x = image(3, 8)
+    theirs = settled(Function(lambda self, x: sum(self.qkv(x).chunk(3, -1)), qkv=tn.Linear(8, 24)), x)
+    parts = [nnx.Linear(8, 8, rngs=R) for _ in range(3)]
+    for index, part in enumerate(parts):
+        part.kernel.set_value(jnp.asarray(theirs.qkv.weight.detach().numpy()[8 * index :][:8].T))
+        part.bias.set_value(jnp.asarray(theirs.qkv.bias.detach().numpy()[8 * index :][:8]))
+    port = Call(lambda self, x: self.q(x) + self.k(x) + self.v(x), **dict(zip("qkv", parts)))
+    report = parity.compare(theirs, port, x)
+    assert report.ok and any("not compared" in note for note in report.notes), str(report)
+
+
+def test_relu_for_dropout_is_not_dropout():
+    x = image(2, 3, 12, 12)
+    theirs = settled(Theirs(tn.Dropout(0.5)), x)
+    port = interop.load_torch(Ours(Call(lambda _, x: nnx.relu(x))), theirs)
+    assert "dropout in train mode" not in {d.mistake for d in parity.compare(theirs, port, x).diagnoses}
+
+
+def test_flax_is_left_as_it_was():
+    before = {cls: vars(cls)["__call__"] for cls in (nnx.Linear, nnx.Conv, nnx.BatchNorm, jnn.Conv2d.__mro__[1])}
+    theirs, port, x = small()
+
+    def compare(_):
+        return parity.compare(theirs, port, x, gradients=False).ok
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(compare, range(6)))
+    assert before == {cls: vars(cls)["__call__"] for cls in before}
+
+
+def test_heads_beside_each_other_are_features():
+    """PyTorch's Linear to 16 features, and the port's to 4 heads of 4."""
+    x = image(2, 7, 16)
+    theirs = settled(Function(lambda self, x: torch.tanh(self.query(x)), query=tn.Linear(16, 16)), x)
+    port = Call(lambda self, x: jnp.tanh(self.query(x)).reshape(2, 7, 16), query=nnx.LinearGeneral(16, (4, 4), rngs=R))
+    port.query.kernel.set_value(jnp.asarray(theirs.query.weight.detach().numpy().T.reshape(16, 4, 4)))
+    port.query.bias.set_value(jnp.asarray(theirs.query.bias.detach().numpy().reshape(4, 4)))
+    report = parity.compare(theirs, port, x)
+    assert report.ok and report.rows[0].view == "reshape" and any("not compared" in n for n in report.notes), str(
+        report
+    )

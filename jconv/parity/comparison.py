@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,10 +16,12 @@ import numpy as np
 from jconv import interop
 from jconv.errors import ParityError, StateDictError
 from jconv.parity import mistakes, pairing, recording
-from jconv.parity.recording import Layer, Port, Recording
+from jconv.parity.recording import Layer, Port, Recording, first_line
 from jconv.parity.report import Diagnosis, Report, Row, noise_of
 
 __all__ = ["assert_parity", "compare"]
+
+SECONDS_OF_EXPERIMENTS = 60
 
 
 def compare(
@@ -83,28 +86,52 @@ def compare(
         )
     arrays = [as_input(index, x) for index, x in enumerate(inputs)]
     side = Port(port, train, port_kwargs)
-    doubled = copy.deepcopy(torch_module).double().train(train)
-    single = copy.deepcopy(torch_module).float().train(train)
+    try:
+        doubled, single = (copy.deepcopy(torch_module).train(train) for _ in range(2))
+    except RuntimeError as error:  # a tensor that a computation left, as weight_norm does
+        raise ParityError(
+            f"torch_module cannot be copied ({first_line(error)}); pass one that has not run yet."
+        ) from error
+    doubled, single = doubled.double(), single.float()
     check_dropout(doubled, train)
     notes: list[str] = []
 
     before = {name: buffer.detach().clone() for name, buffer in doubled.named_buffers()}
     watch = mistakes.watcher()
-    exact = recording.record_torch(doubled, arrays, watch)
-    plain = recording.record_torch(single, arrays)
+    exact = recording.record_torch(doubled, arrays, torch.float64, watch)
+    plain = recording.record_torch(single, arrays, torch.float32)
+    if watch.drops:
+        raise ParityError(
+            "In train mode PyTorch's dropout draws random numbers, which no port draws alike; set p=0 on both sides, or "
+            "compare with train=False."
+        )
+    if exact.outputs and not any(np.isfinite(out).any() for out in exact.outputs):
+        raise ParityError("The PyTorch module gives no finite number with these inputs, so nothing can be compared.")
+    if not exact.outputs:
+        raise ParityError("The PyTorch module returns no tensors that are known here; return tensors, tuples or dicts.")
     ours_inputs, layout = laid_out(side, arrays, doubled, channel_last)
     if load:
         side = loaded(side, torch_module, exact, ours_inputs, mapping, rename, kinds)
-    ours = side.record([jnp.asarray(x) for x in ours_inputs])
+    with jax.enable_x64(False):
+        side = side.replaced(recording.cast(side.model, jnp.float32, jnp.float64))
+        ours = side.record([jnp.asarray(x) for x in ours_inputs])
+    pairs, rename = paired(side, torch_module, exact, ours, mapping, rename, kinds)
+    if not side.eager and len(ours.layers) > 1 and _unrecorded(exact, pairs):
+        # Programs that JAX had traced before hide their layers.
+        with jax.enable_x64(False), contextlib.suppress(Exception):
+            side.eager = True
+            again = side.record([jnp.asarray(x) for x in ours_inputs])
+            if len(again.layers) > len(ours.layers):
+                ours = again
+                pairs, rename = paired(side, torch_module, exact, ours, mapping, rename, kinds)
     wide: Recording | None = None
     if float64:
         with jax.enable_x64(True):
             try:
-                wide = side.replaced(recording.cast(side.model, jnp.float64)).record([_wide(x) for x in ours_inputs])
+                wide = side.widened().record([_wide(x) for x in ours_inputs])
             except Exception as error:  # whatever a port says to arrays of another dtype
-                notes.append(f"The port does not run in float64 ({_first_line(error)}); it is judged in float32.")
+                notes.append(f"The port does not run in float64 ({first_line(error)}); it is judged in float32.")
 
-    pairs, rename = paired(side, torch_module, exact, ours, mapping, rename, kinds)
     twins_in = functools.partial(twins_of, module=torch_module, rename=rename, kinds=kinds)
     last = layout == "channel-last"
     noise = {layer.name: layer for layer in plain.layers}
@@ -164,6 +191,7 @@ class _Run:
         self.arrays, self.ours_inputs = arrays, ours_inputs
         self.exact, self.ours, self.wide, self.pairs, self.last = exact, ours, wide, pairs, last
         self._momenta: list[Diagnosis] = []
+        self.until = float("inf")
 
     # Gradients.
 
@@ -172,7 +200,10 @@ class _Run:
     ) -> Iterator[Row]:  # fmt: skip
         outputs = [out for out in self.exact.outputs if out.dtype.kind == "f"]
         ours = [out for out in self.ours.outputs if np.issubdtype(out.dtype, np.floating) or out.dtype.kind == "V"]
-        views = [pairing.view_of(*_finite(a, b), channel_last=self.last) for a, b in zip(outputs, ours, strict=False)]
+        views = [
+            pairing.view_of(*_finite(a, b), channel_last=self.last, whole=True)
+            for a, b in zip(outputs, ours, strict=False)
+        ]
         if len(outputs) != len(ours) or not outputs or None in views:
             notes.append("The gradients were not compared, for the outputs have different shapes.")
             return
@@ -184,12 +215,10 @@ class _Run:
         wide: tuple[Any, list[Any]] | None = None
         if self.wide is not None:
             with jax.enable_x64(True):
-                side = self.side.replaced(recording.cast(self.side.model, jnp.float64))
-                wide = self._ours(side, views, weights, np.float64)
+                wide = self._ours(self.side.widened(), views, weights, np.float64)
         found = {twin.name: twin for twin in twins(single[0])}
         widely = {twin.name: twin.array for twin in twins(wide[0])} if wide else {}
-        if exact and not found:
-            notes.append("The gradients of the parameters were not compared, for none has a twin of its name.")
+        alone = [name for name in exact if not name.startswith("input ") and name not in found]
         for name, theirs in exact.items():
             if name.startswith("input "):
                 index = int(name.split()[1])
@@ -206,8 +235,16 @@ class _Run:
                 view, why = pairing.view_of(theirs, mine, self.last), "order"
             else:
                 view, why = pairing.unchanged(theirs.shape, mine.shape), "parameters"
+                if view is None:
+                    alone.append(name)
+                    continue
             yield Row.of(
                 "gradient", name, path, "", theirs, plain[name], mine, mine64, view, why, gradient=True, double=double
+            )
+        if alone:
+            shown = ", ".join(alone[:6]) + (", ..." if len(alone) > 6 else "")
+            notes.append(
+                f"Gradients that were not compared, for the port has no parameter of their name and shape ({len(alone)}): {shown}"
             )
 
     def _torch_gradients(self, module: Any, weights: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -217,7 +254,7 @@ class _Run:
         inputs = [recording.as_tensor(x, dtype) for x in self.arrays]
         named = {f"input {i}": x.requires_grad_() for i, x in enumerate(inputs) if x.is_floating_point()}
         named |= {name: p for name, p in module.named_parameters() if p.requires_grad}
-        with torch.enable_grad():
+        with torch.enable_grad(), recording.new_tensors(dtype):
             every = [torch.view_as_real(x) if x.is_complex() else x for x in recording.tensors_of(module(*inputs))]
             outputs = [out for out in every if out.is_floating_point()]
             pairs = zip(outputs, weights, strict=True)
@@ -268,12 +305,18 @@ class _Run:
         if self.wide is not None:
             wide = {twin.name: twin.array for twin in twins(self.side.merged(self.wide.state))}
         modules = dict(self.doubled.named_modules())
-        inputs = {layer.name: layer.inputs[0] for layer in self.exact.layers if layer.family == "batchnorm"}
+        norms = [layer for layer in self.exact.layers if layer.family == "batchnorm"]
+        again = {layer.name.partition("#")[0] for layer in norms if "#" in layer.name}
+        inputs = {layer.name: layer.inputs[0] for layer in norms if layer.name not in again}
+        left = []
         biased = []
         for name, theirs in self.exact.state.items():
             layer, _, leaf = name.rpartition(".")
             momentum = getattr(modules[layer], "momentum", None)
-            if name not in ours or theirs.dtype.kind != "f" or layer not in inputs or momentum is None:
+            if theirs.dtype.kind != "f":
+                continue
+            if name not in ours or layer not in inputs or momentum is None:
+                left.append(name)
                 continue
             x = inputs[layer]
             rest = tuple(axis for axis in range(x.ndim) if axis != 1)
@@ -298,6 +341,10 @@ class _Run:
                     )
                     self._momenta.append(Diagnosis(layer, row.port, "BatchNorm momentum", text))
             yield row
+        if left:
+            notes.append(
+                f"Buffers that were not compared ({len(left)}): {', '.join(left[:6])}{', ...' if left[6:] else ''}"
+            )
         if biased:
             notes.append(
                 f"{biased[0]}{f' and {len(biased) - 1} more' if len(biased) > 1 else ''}: Flax's BatchNorm divides the "
@@ -313,6 +360,7 @@ class _Run:
         for row in rows:
             if row.part == "layer":
                 by_name.setdefault(row.name.partition("[")[0], []).append(row)
+        self.until = time.monotonic() + SECONDS_OF_EXPERIMENTS
         ended = 0
         first = True
         for pair in self.pairs:
@@ -329,6 +377,12 @@ class _Run:
             first = False
         yield from self._about_gradients(rows)
         yield from self._momenta
+
+    def _layer(self, name: str, watch: Any, before: bool = False) -> Layer | None:
+        import torch
+
+        layers = recording.record_torch(self.doubled, self.arrays, torch.float64, watch, name, before).layers
+        return layers[0] if layers else None
 
     def _restore(self) -> None:
         """The statistics, which runs in train mode have changed."""
@@ -356,9 +410,7 @@ class _Run:
             return
         layer = pair.theirs
         narrow = pair.ours.outputs[0].dtype
-        dtype_text = (
-            f"the layer computes in {narrow}; give it dtype=jnp.float32, or compare with tolerance for {narrow}"
-        )
+        dtype_text = f"the layer computes in {narrow}; give it dtype=jnp.float32, in which it is compared"
         is_narrow = narrow.itemsize == 2 and not np.issubdtype(narrow, np.integer)
         inputs = _aligned_inputs(layer, ours, self.last)
         if layer.is_leaf and inputs is not None:
@@ -380,8 +432,8 @@ class _Run:
             begun, end = ended, layer.calls[0]
 
             def before(watch: Any) -> Any:
-                seen = recording.record_torch(self.doubled, self.arrays, watch, stop=layer.name).layers
-                return seen[-1].inputs[0] if seen and seen[-1].name == layer.name else None
+                seen = self._layer(layer.name, watch, before=True)
+                return seen.inputs[0] if seen else None
 
             run, base = before, layer.inputs[0]
         else:
@@ -392,8 +444,8 @@ class _Run:
             begun, end = (ended if first else layer.calls[0]), layer.calls[1]
 
             def after(watch: Any) -> Any:
-                seen = recording.record_torch(self.doubled, self.arrays, watch).layers
-                return next((s.outputs[0] for s in seen if s.name == layer.name and s.outputs), None)
+                seen = self._layer(layer.name, watch)
+                return seen.outputs[0] if seen else None
 
             run, base = after, layer.outputs[0]
         yield from self._tried(layer, ours, run, target, range(begun, end), base, factor, direct=False)
@@ -408,6 +460,8 @@ class _Run:
         run(watch)
         single = direct and len(watch.kept) == 1
         for index, call in watch.kept.items():
+            if time.monotonic() > self.until:
+                return
             for target in targets:
                 posed = mistakes.Call(call.name, call.function, call.given, _tensor(target) if single else None)
                 for change in mistakes.changes(posed):
@@ -427,7 +481,7 @@ class _Run:
         prefix = pair.theirs.name.partition("#")[0]
         for name, value in self.doubled.state_dict().items():
             mine = values.get(name)
-            if name.rpartition(".")[0] == prefix and mine is not None and value.is_floating_point():
+            if (name.rpartition(".")[0] == prefix or not prefix) and mine is not None and value.is_floating_point():
                 theirs = value.numpy()
                 if mine.shape != theirs.shape or np.abs(mine - theirs).max(initial=0) > 4 * noise_of(theirs, theirs):
                     return Diagnosis(
@@ -457,15 +511,11 @@ def torch_or_error() -> Any:
     return torch
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 def as_input(index: int, x: Any) -> np.ndarray:
     try:
         array = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
     except Exception as error:
-        raise ParityError(f"Input {index} cannot become an array: {_first_line(error)}") from error
+        raise ParityError(f"Input {index} cannot become an array: {first_line(error)}") from error
     if array.dtype.kind not in "fiub" and not jnp.issubdtype(array.dtype, jnp.floating):
         raise ParityError(f"Input {index} is of type {type(x).__name__}, expected an array or a tensor of numbers.")
     return array.astype(np.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array
@@ -499,13 +549,15 @@ def loaded(
     """The port with PyTorch's weights, by names, or where names do not fit, by the order of the layers."""
     if side.state is None:
         raise ParityError("load=True needs a port with parameters; pass a module, or (function, parameters).")
+    # An NNX module's epsilons are its own, and to be compared: from a PyTorch module load_torch would mend them.
+    source = module.state_dict() if side.is_nnx else module
     try:
-        return side.replaced(interop.load_torch(side.model, module, rename=rename, kinds=kinds))
+        return side.replaced(interop.load_torch(side.model, source, rename=rename, kinds=kinds))
     except StateDictError:
         _, found = paired(side, module, exact, side.record([jnp.asarray(x) for x in inputs]), mapping, rename, kinds)
         if found is rename:
             raise
-        return side.replaced(interop.load_torch(side.model, module, rename=found, kinds=kinds))
+        return side.replaced(interop.load_torch(side.model, source, rename=found, kinds=kinds))
 
 
 def check_dropout(module: Any, train: bool) -> None:
@@ -526,15 +578,26 @@ def laid_out(
     orders = [True, False] if images else [False, True]
     failures = []
     for last in orders if channel_last is None else [channel_last]:
-        taken = [np.moveaxis(x, 1, -1) if last and x.ndim in (3, 4, 5) and x.dtype.kind == "f" else x for x in arrays]
+        taken = [np.moveaxis(x, 1, -1) if last and _is_image(x) else x for x in arrays]
         try:
             side.shapes([jax.ShapeDtypeStruct(x.shape, x.dtype) for x in taken])
         except Exception as error:  # a port's own, or Flax's
             shapes = ", ".join(str(x.shape) for x in taken)
-            failures.append(f"{'channel-last' if last else 'as PyTorch takes them'} {shapes}: {_first_line(error)}")
+            failures.append(f"{'channel-last' if last else 'as PyTorch takes them'} {shapes}: {first_line(error)}")
             continue
-        return taken, "channel-last" if last and any(x.ndim in (3, 4, 5) for x in arrays) else "as PyTorch's"
+        return taken, "channel-last" if last and any(map(_is_image, arrays)) else "as PyTorch's"
     raise ParityError("The port cannot be called with these inputs, " + "; ".join(failures))
+
+
+def _is_image(x: np.ndarray) -> bool:
+    return x.ndim in (4, 5) or (x.ndim == 3 and x.dtype.kind == "f")
+
+
+def _unrecorded(exact: Recording, pairs: Sequence[pairing.Pair]) -> bool:
+    """Whether a leaf with parameters has no pair."""
+    held = {id(pair.theirs) for pair in pairs}
+    leaves = (layer for layer in exact.layers if layer.is_leaf and id(layer) not in held)
+    return any(next(layer.module.parameters(), None) is not None for layer in leaves)
 
 
 def twins_of(model: Any, module: Any, rename: Any, kinds: Any) -> list[interop.Twin]:
@@ -555,7 +618,7 @@ def _rows(pair: pairing.Pair, plain: Layer, wide: Layer | None, last: bool) -> I
         mine64 = wide.outputs[index] if wide and index < len(wide.outputs) else None
         mine = np.asarray(mine, np.float32) if mine.dtype.kind == "V" else mine
         best = mine if mine64 is None or mine64.shape != mine.shape else mine64
-        view = pairing.view_of(*_finite(exact, best), channel_last=last)
+        view = pairing.view_of(*_finite(exact, best), channel_last=last, whole=pair.why == "the whole")
         yield Row.of("layer", name, ours.name, theirs.kind, exact, plain.outputs[index], mine, mine64, view, pair.why)
 
 
@@ -581,7 +644,7 @@ def _names(layers: list[Layer], paired: set[int]) -> tuple[str, ...]:
 def _conditions(torch: Any, wide: Recording | None, layout: str, train: bool) -> dict[str, str]:
     precision = jax.config.jax_default_matmul_precision or "default"  # pyright: ignore[reportAttributeAccessIssue]
     return {
-        "torch": torch.__version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind,
+        "torch": torch.__version__, "jax": jax.__version__, "device": next(iter(jnp.zeros(()).devices())).device_kind,
         "matmul precision": str(precision), "judge": "float64 on both sides" if wide else "PyTorch's float64",
         "inputs": layout, "mode": "train" if train else "eval",
     }  # fmt: skip
@@ -625,9 +688,8 @@ def _aligned_inputs(layer: Layer, ours: Layer, last: bool) -> list[np.ndarray] |
 def _first_output(module: Any, inputs: list[np.ndarray], watch: Any) -> np.ndarray | None:
     import torch
 
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float64)
-    with torch.no_grad(), watch or contextlib.nullcontext():
-        out = module(*(recording.as_tensor(np.ascontiguousarray(x), dtype) for x in inputs))
+    with torch.no_grad(), recording.new_tensors(torch.float64), watch or contextlib.nullcontext():
+        out = module(*(recording.as_tensor(np.ascontiguousarray(x), torch.float64) for x in inputs))
     return out.numpy() if torch.is_tensor(out) else None
 
 

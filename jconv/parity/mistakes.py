@@ -92,12 +92,11 @@ _SIGNATURES: dict[str, tuple[str, ...]] = {
     "dropout": ("input", "p", "training", "inplace"),
     "cat": ("tensors", "dim"),
     "add": ("input", "other"),
-    "mul": ("input", "other"),
     "pixel_shuffle": ("input", "upscale_factor"),
     "leaky_relu": ("input", "negative_slope", "inplace"),
     "gelu": ("input", "approximate"),
 }
-_ALIASES = {"add_": "add", "__iadd__": "add", "relu_": "relu", "concat": "cat", "mul_": "mul", "dropout2d": "dropout"}
+_ALIASES = {"add_": "add", "__iadd__": "add", "relu_": "relu", "concat": "cat", "dropout2d": "dropout"}
 _RESHAPES = ("flatten", "reshape", "view")
 
 
@@ -142,11 +141,15 @@ def watcher(at: int = -1, change: Callable[[], Any] | None = None, keep: range =
         def __init__(self) -> None:
             super().__init__()
             self.kept: dict[int, Call] = {}
+            self.drops = False  # whether dropout drew random numbers
 
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             name = getattr(func, "__name__", "")
             name = _ALIASES.get(name, name)
+            self.drops |= (
+                name == "dropout" and bool(kwargs.get("training", args[2:3] == (True,))) and _rate(args, kwargs) > 0
+            )
             if name not in _TABLE or not args or not _is_float(args[0], Tensor):
                 return func(*args, **kwargs)
             index, self.count = self.count, self.count + 1
@@ -156,6 +159,10 @@ def watcher(at: int = -1, change: Callable[[], Any] | None = None, keep: range =
             return change() if change is not None and index == at else func(*args, **kwargs)
 
     return Watcher()
+
+
+def _rate(args: Any, kwargs: Any) -> float:
+    return float(kwargs.get("p", args[1] if len(args) > 1 else 0.5))
 
 
 def _is_float(value: Any, tensor: type) -> bool:
@@ -240,6 +247,11 @@ def _kernel(call: Call) -> Iterator[Change]:
     )
 
 
+def _dealt(x: Any, first: int) -> Any:
+    """The channels of axis 1, dealt to `first` groups in turn."""
+    return x.reshape(x.shape[0], first, -1, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
+
+
 def _groups(call: Call) -> Iterator[Change]:
     g, w = call.groups, call.weight
     if g == 1:
@@ -251,18 +263,15 @@ def _groups(call: Call) -> Iterator[Change]:
         "channels as (groups, channels of a group), in this order"
     )
 
-    def dealt(x: Any, first: int) -> Any:
-        return x.reshape(x.shape[0], first, -1, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
-
     for first in dict.fromkeys((g, outputs // g)):
         yield Change(
-            "groups reshaped", text.format("output", g), lambda first=first: dealt(call.again(), first)
+            "groups reshaped", text.format("output", g), lambda first=first: _dealt(call.again(), first)
         )  # fmt: skip
     for first in dict.fromkeys((g, call.input.shape[1] // g)):
         yield Change(
             "groups reshaped",
             text.format("input", g),
-            lambda first=first: call.again(input=dealt(call.input, first)),
+            lambda first=first: call.again(input=_dealt(call.input, first)),
         )
 
     def rows(first: int) -> Any:
@@ -311,7 +320,7 @@ def _padded(x: Any, pads: list[tuple[int, int]], **options: Any) -> Any:
     return F.pad(x, [side for pair in reversed(pads) for side in pair], **options)
 
 
-def _same(call: Call, window: tuple[int, ...], strides: tuple[int, ...], odd_low: bool = False) -> Any:
+def _same_padding(call: Call, window: tuple[int, ...], strides: tuple[int, ...], odd_low: bool = False) -> Any:
     pads = []
     for size, k, s in zip(call.input.shape[2:], window, strides, strict=True):
         total = max((-(-size // s) - 1) * s + k - size, 0)
@@ -327,15 +336,15 @@ def _conv_padding(call: Call) -> Iterator[Change]:
     x = call.input
     yield Change(
         "SAME padding",
-        f"padding 'SAME' puts {_same(call, window, strides)} around the image, and PyTorch has padding={call.padding!r} on "
+        f"padding 'SAME' puts {_same_padding(call, window, strides)} around the image, and PyTorch has padding={call.padding!r} on "
         "both sides; with a stride they differ: write the padding as pairs",
-        lambda: call.again(input=_padded(x, _same(call, window, strides)), padding=0),
+        lambda: call.again(input=_padded(x, _same_padding(call, window, strides)), padding=0),
     )
     yield Change(
         "SAME padding",
-        f"padding 'SAME_LOWER' puts {_same(call, window, strides, True)} around the image, and PyTorch has "
+        f"padding 'SAME_LOWER' puts {_same_padding(call, window, strides, True)} around the image, and PyTorch has "
         f"padding={call.padding!r} on both sides; write the padding as pairs",
-        lambda: call.again(input=_padded(x, _same(call, window, strides, True)), padding=0),
+        lambda: call.again(input=_padded(x, _same_padding(call, window, strides, True)), padding=0),
     )
     if call.padding != "valid" and (isinstance(call.padding, str) or any(_ints(call.padding, n))):
         yield Change(
@@ -351,12 +360,12 @@ def _conv_padding(call: Call) -> Iterator[Change]:
                 f"the image is padded by mode {mode!r}, and PyTorch pads zeros",
                 lambda mode=mode: call.again(input=_padded(x, pads, mode=mode), padding=0),
             )
-    for name, ones in (("stride", 1), ("dilation", 1)):
+    for name in ("stride", "dilation"):
         if any(value != 1 for value in _ints(call.given[name], n)):
             yield Change(
                 f"{name} missing",
                 f"the {name} is 1, and PyTorch has {name}={call.given[name]!r}",
-                lambda name=name, ones=ones: call.again(**{name: ones}),
+                lambda name=name: call.again(**{name: 1}),
             )
 
 
@@ -464,14 +473,15 @@ def _batch_statistics(call: Call) -> Iterator[Change]:
     if not call.training:
         yield Change(
             "BatchNorm in train mode",
-            "BatchNorm uses the statistics of the batch, and PyTorch its running ones; call model.eval(), or pass "
+            "BatchNorm uses the statistics of the batch, and PyTorch its running ones; call model.eval(), or in Linen pass "
             "use_running_average=True",
             lambda: call.again(running_mean=None, running_var=None, training=True),
         )
     elif call.running_mean is not None:
         yield Change(
             "BatchNorm in eval mode",
-            "BatchNorm uses its running statistics, and PyTorch those of the batch; call model.train()",
+            "BatchNorm uses its running statistics, and PyTorch those of the batch; call model.train(), or in Linen pass "
+            "use_running_average=False",
             lambda: call.again(training=False),
         )
     if call.running_var is not None and not call.training:
@@ -499,11 +509,8 @@ def _number_of_groups(call: Call) -> Iterator[Change]:
     def dealt() -> Any:
         x, g = call.input, call.num_groups
 
-        def deal(y: Any, first: int) -> Any:
-            return y.reshape(y.shape[0], first, -1, *y.shape[2:]).transpose(1, 2).reshape(y.shape)
-
-        back = call.function(deal(x, channels // g), g, None, None, call.eps)
-        y = deal(back, g)
+        back = call.function(_dealt(x, channels // g), g, None, None, call.eps)
+        y = _dealt(back, g)
         shape = (1, -1, *(1,) * (x.ndim - 2))
         return y * call.weight.reshape(shape) + call.bias.reshape(shape) if call.weight is not None else y
 
@@ -517,14 +524,19 @@ def _dropped(call: Call) -> Iterator[Change]:
     import torch
 
     def masked() -> Any:
+        """What is left over, if it is as much of it, and scaled as much, as dropout leaves and scales."""
         kept = call.expected != 0
+        share = float(kept.double().mean())
         ratio = (call.expected / call.input)[kept & (call.input != 0)]
-        factor = ratio.median() if len(ratio) else torch.tensor(1.0)
-        return torch.where(kept, call.input * factor, 0) if 0 < float(kept.double().mean()) < 1 else call.input
+        factor = float(ratio.median()) if len(ratio) else 1.0
+        expected = 1 / factor if factor else 0.0
+        spread = (expected * abs(1 - expected) / kept.numel()) ** 0.5
+        is_dropout = factor > 1 and abs(share - expected) <= 5 * spread
+        return torch.where(kept, call.input * factor, 0) if is_dropout else call.input
 
     yield Change(
         "dropout in train mode",
-        "dropout drops, and PyTorch's does not in eval mode; call model.eval(), or pass deterministic=True",
+        "dropout drops, and PyTorch's does not in eval mode; call model.eval(), or in Linen pass deterministic=True",
         masked,
     )
 
@@ -565,7 +577,7 @@ def _pooled(call: Call) -> Iterator[Change]:
             yield Change("ceil_mode", "the average has ceil_mode=True, and divides by another count", clipped)
     fill = 0.0 if average else -math.inf
     for low in (False, True):
-        around = _same(call, window, strides, low)
+        around = _same_padding(call, window, strides, low)
         yield Change(
             "SAME padding",
             f"padding 'SAME' puts {around} around the image, and PyTorch has padding={call.padding!r} on both sides; "
@@ -737,6 +749,7 @@ _TABLE: dict[str, tuple[Callable[[Call], Iterator[Change]], ...]] = {
 
 def patterns(base: Any, port: Any) -> Iterator[tuple[str, str, Any]]:
     """What may be read off the two arrays alone: (mistake, sentence, the array that it would give)."""
+    base, port = np.asarray(base, np.float64), np.asarray(port, np.float64)
     if base.shape != port.shape or base.size == 0 or not np.isfinite(base).all() or not np.isfinite(port).all():
         return
     if base.ndim >= 4:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import permutations
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -40,10 +40,9 @@ class View:
 
 
 def views(shape: Sequence[int], port: Sequence[int]) -> Iterator[View]:
-    """The views that bring an array of shape ``port`` to ``shape``, the likeliest first.
+    """The views that bring an array of shape ``port`` to ``shape``: as it lies, or from channel-last to channel-first.
 
-    Transpositions other than channel-last to channel-first are offered only where these do not fit, so that an image
-    whose axes are swapped is seen to differ.
+    No other transposition is offered, so that an image whose axes are swapped is seen to differ.
 
     >>> [str(view) for view in views((2, 3, 8, 8), (2, 8, 8, 3))]
     ['NHWC->NCHW']
@@ -53,14 +52,14 @@ def views(shape: Sequence[int], port: Sequence[int]) -> Iterator[View]:
     shape, port = tuple(shape), tuple(port)
     rank = len(port)
     usual = [tuple(range(rank)), *([_to_channel_first(rank)] if rank > 2 else [])]
-    found = [View(axes, shape) for axes in dict.fromkeys(usual) if _fits(axes, shape, port)]
-    if not found and rank <= 5:
-        found = [View(axes, shape) for axes in permutations(range(rank)) if _fits(axes, shape, port)]
-    yield from found
+    yield from (View(axes, shape) for axes in dict.fromkeys(usual) if _fits(axes, shape, port))
 
 
 def _fits(axes: tuple[int, ...], shape: tuple[int, ...], port: tuple[int, ...]) -> bool:
     brought = tuple(port[axis] for axis in axes)
+    k = len(shape) - 1
+    if k >= 0 and len(port) > len(shape) and axes == tuple(range(len(port))) and port[:k] == shape[:k]:
+        return prod(port[k:]) == shape[k]  # heads beside each other
     return brought == shape or (len(shape) != len(port) and _without_ones(brought) == _without_ones(shape))
 
 
@@ -72,18 +71,24 @@ def _to_channel_first(rank: int) -> tuple[int, ...]:
     return (0, rank - 1, *range(1, rank - 1))
 
 
-def view_of(theirs: np.ndarray, ours: np.ndarray, channel_last: bool) -> View | None:
+def view_of(theirs: np.ndarray, ours: np.ndarray, channel_last: bool, whole: bool = False) -> View | None:
     """The view under which the port's array is PyTorch's; None where the shapes do not fit.
 
-    Where several fit and the array is near to PyTorch's under none, images lie as the port's inputs do.
+    Args:
+        theirs, ours: the arrays.
+        channel_last: whether the port takes images so. Where several views fit and the array is near to PyTorch's under
+            none, images lie as the port's inputs do.
+        whole: whether it is what the network returns, which lies as PyTorch's if the inputs do.
     """
     found = list(views(theirs.shape, ours.shape))
+    if whole and not channel_last:
+        found = [view for view in found if view.axes == tuple(range(ours.ndim))]
     if len(found) < 2:
         return found[0] if found else None
     apart = [_distance(theirs, view.bring(ours)) for view in found]
     best = int(np.argmin(apart))
     if apart[best] > 1e-2 * float(np.abs(theirs).max(initial=0)) and channel_last:
-        return next((view for view in found if view.axes == _to_channel_first(ours.ndim)), found[0])
+        return found[-1]
     return found[best]
 
 
@@ -167,8 +172,8 @@ def _aligned(theirs: Sequence[Layer], ours: Sequence[Layer], found: dict[int, Pa
         for j, other in enumerate(right):
             if id(layer) in found or id(other) in taken:
                 gain[i, j] = 100 if taken.get(id(other)) == id(layer) else -np.inf
-            elif layer.family and layer.family == other.family:
-                gain[i, j] = 3 + (1 if _like(layer, other) else -1)
+            elif layer.family and layer.family == other.family and (like := _like(layer, other)) is not None:
+                gain[i, j] = 4 if like else 2
     for i in range(len(left) - 1, -1, -1):
         for j in range(len(right) - 1, -1, -1):
             score[i, j] = max(score[i + 1, j], score[i, j + 1], score[i + 1, j + 1] + gain[i, j])
@@ -185,6 +190,12 @@ def _aligned(theirs: Sequence[Layer], ours: Sequence[Layer], found: dict[int, Pa
     return pairs
 
 
-def _like(layer: Layer, other: Layer) -> bool:
+def _like(layer: Layer, other: Layer) -> bool | None:
+    """Whether the shapes fit; None where not even the number of channels does."""
     shapes = [[out.shape for out in side.outputs] for side in (layer, other)]
-    return len(shapes[0]) == len(shapes[1]) and all(next(views(a, b), None) for a, b in zip(*shapes, strict=True))
+    if len(shapes[0]) != len(shapes[1]) or not shapes[0]:
+        return None
+    if all(next(views(a, b), None) for a, b in zip(*shapes, strict=True)):
+        return True
+    a, b = shapes[0][0], shapes[1][0]
+    return False if len(a) == len(b) > 1 and a[1] in (b[1], b[-1]) else None

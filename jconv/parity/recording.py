@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import inspect
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jconv.errors import ParityError, needs_flax
 from jconv.rewrite import scopes_of
@@ -66,19 +70,20 @@ class Recording:
 # PyTorch.
 
 
-def record_torch(module: Any, inputs: Sequence[Any], watch: Any = None, stop: str | None = None) -> Recording:
+def record_torch(
+    module: Any, inputs: Sequence[Any], dtype: Any, watch: Any = None, only: str | None = None, before: bool = False
+) -> Recording:
     """Runs a PyTorch module, which is left as it was but for its buffers.
 
     Args:
         module: on the CPU, in the mode and the dtype that it shall run in.
-        inputs: numpy arrays; floating ones are cast to the module's dtype.
+        inputs: numpy arrays; floating ones are cast to `dtype`, which is also what the module's own new tensors have.
         watch: a ``TorchFunctionMode`` with a counter ``count`` of the calls that it saw.
-        stop: the name of a layer at which the run ends, once its inputs are recorded.
+        only: the name of the one layer that is recorded; the run ends with it.
+        before: whether the run ends before that layer, with its inputs recorded.
     """
     import torch
 
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
-    tensors = [as_tensor(x, dtype) for x in inputs]
     layers: list[Layer] = []
     open_: list[Layer] = []
     times: Counter[str] = Counter()
@@ -87,46 +92,60 @@ def record_torch(module: Any, inputs: Sequence[Any], watch: Any = None, stop: st
     def count() -> int:
         return 0 if watch is None else watch.count
 
-    def before(name: str, layer: Any, args: Any, kwargs: Any) -> None:
+    def begin(name: str, layer: Any, args: Any, kwargs: Any) -> None:
         times[name] += 1
-        called = Layer(*_described(name, times[name], layer), _arrays((args, kwargs)), module=layer)
+        described = _described(name, times[name], layer)
+        wanted = only is None or described[0] == only
+        called = Layer(*described, _arrays((args, kwargs)) if wanted else [], module=layer)
         called.calls = (count(), 0)
         for outer in open_:
             outer.is_leaf = False
         open_.append(called)
-        if called.name == stop:
+        if wanted and before:
             layers.append(called)
             raise _Stop
 
-    def after(layer: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def end(layer: Any, args: Any, kwargs: Any, out: Any) -> None:
         called = open_.pop()
-        called.outputs, called.calls = _arrays(out), (called.calls[0], count())
-        layers.append(called)
+        if only is None or called.name == only:
+            called.outputs, called.calls = _arrays(out), (called.calls[0], count())
+            layers.append(called)
+            if only is not None:
+                raise _Stop
 
     out: Any = ()
     try:
         for name, layer in module.named_modules():
-            removers.append(
-                layer.register_forward_pre_hook(_bound(before, name), prepend=True, with_kwargs=True)
-            )  # fmt: skip
-            removers.append(layer.register_forward_hook(after, with_kwargs=True))
-        with torch.no_grad(), watch or contextlib.nullcontext(), contextlib.suppress(_Stop):
-            out = module(*tensors)
+            if only is None or name == only.partition("#")[0]:
+                begins = functools.partial(begin, name)
+                removers.append(layer.register_forward_pre_hook(begins, prepend=True, with_kwargs=True))
+                removers.append(layer.register_forward_hook(end, with_kwargs=True))
+        with torch.no_grad(), new_tensors(dtype), watch or contextlib.nullcontext(), contextlib.suppress(_Stop):
+            out = module(*(as_tensor(x, dtype) for x in inputs))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise ParityError(f"The PyTorch module cannot be called with these inputs: {_first_line(error)}") from error
+        raise ParityError(f"The PyTorch module cannot be called with these inputs: {first_line(error)}") from error
     finally:
         for remover in removers:
             remover.remove()
     state = {name: buffer.detach().clone().numpy() for name, buffer in module.named_buffers()}
-    return Recording(layers, _arrays(out), state)
+    return Recording(layers, [] if only is not None else _arrays(out), state)
+
+
+@contextlib.contextmanager
+def new_tensors(dtype: Any) -> Iterator[None]:
+    """The dtype of the tensors that PyTorch modules make as they run."""
+    import torch
+
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 class _Stop(Exception):
     pass
-
-
-def _bound(before: Callable[..., None], name: str) -> Callable[..., None]:
-    return lambda layer, args, kwargs: before(name, layer, args, kwargs)
 
 
 def as_tensor(x: Any, dtype: Any) -> Any:
@@ -199,7 +218,7 @@ def _counted(name: str, times: int) -> str:
     return name if times == 1 else f"{name}#{times}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -227,12 +246,19 @@ class Port:
 
         options = dict(kwargs or {})
         fn, state = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+        if inspect.isclass(fn) and issubclass(fn, (nn.Module, nnx.Module)):
+            raise ParityError(f"The port is a class, {fn.__name__}, expected an instance; make one.")
         if isinstance(fn, nn.Module):
             if state is None and fn.scope is not None:
                 fn, state = fn.unbind()
             if state is None:
                 raise ParityError(
                     f"The port is a Linen module, {type(fn).__name__}, without variables; pass (module, variables)."
+                )
+            if not isinstance(state, Mapping) or "params" not in state and len(state):
+                raise ParityError(
+                    f"The variables of {type(fn).__name__} must be what its init returned, {{'params': ...}}, got "
+                    f"{sorted(state) if isinstance(state, Mapping) else type(state).__name__}."
                 )
             module, mutable = fn, [name for name in state if name != "params"] if train else False
             self._fn = lambda variables, *inputs: module.apply(variables, *inputs, mutable=mutable, **options)
@@ -246,6 +272,7 @@ class Port:
                 "(function, parameters) or a function of the inputs."
             )
         self.is_nnx = isinstance(state, nnx.Module)
+        self.eager = False  # whether to run operation by operation
         self.graph: Any
         self.state: Any
         self.graph, self.state = nnx.split(state) if self.is_nnx else (None, state)
@@ -268,6 +295,17 @@ class Port:
         other = copy.copy(self)
         other.graph, other.state = nnx.split(model) if self.is_nnx else (None, model)
         return other
+
+    def widened(self) -> Port:
+        """The same in float64, where layers that name float32 as their dtype compute in float64, too."""
+        from flax import nnx
+
+        model = cast(self.model, jnp.float64)
+        for _, layer in nnx.iter_graph(model) if self.is_nnx else ():
+            dtype = getattr(layer, "dtype", None)
+            if isinstance(layer, nnx.Module) and dtype is not None and np.dtype(dtype) == np.float32:
+                layer.dtype = jnp.float64  # pyright: ignore[reportAttributeAccessIssue]
+        return self.replaced(model)
 
     def parameters(self, state: Any) -> tuple[Any, Any]:
         """What is differentiated by, and the rest."""
@@ -316,20 +354,24 @@ class Port:
             return outputs, after, [(layer.inputs, layer.outputs) for layer in layers]
 
         try:
-            outputs, after, arrays = jax.jit(program)(self.state, list(inputs))
+            with jax.disable_jit() if self.eager else contextlib.nullcontext():
+                run = program if self.eager else jax.jit(program)
+                outputs, after, arrays = run(self.state, list(inputs))
         except jax.errors.UnexpectedTracerError:
-            with jax.disable_jit():
-                outputs, after, arrays = program(self.state, list(inputs))
+            self.eager = True
+            return self.record(inputs)
+        arrays = [given if not _holds_tracers(given) else ([], []) for given in arrays]
         for layer, (taken, given) in zip(meta, arrays, strict=True):
             layer.inputs, layer.outputs = [*map(as_real, taken)], [*map(as_real, given)]
         outputs = [as_real(out) for out in outputs]
+        meta = [layer for layer in meta if layer.outputs or not layer.name]
         whole = meta.pop().kind if meta and not meta[-1].name else "function"
         meta.append(Layer("", whole, "", [np.asarray(x) for x in inputs], outputs, is_leaf=not meta))
         return Recording(meta, outputs, after)
 
     def _watched(self, state: Any, inputs: Sequence[Any]) -> tuple[tuple[list[Any], Any], list[Layer]]:
         watch = _Watch()
-        with watch.linen(), watch.nnx():
+        with _PATCHING, watch.linen(), watch.nnx():
             result = self.call(state, *inputs, watch=watch)
         if watch.layers:
             return result, watch.layers
@@ -350,6 +392,13 @@ class Port:
         return result, layers
 
 
+_PATCHING = threading.RLock()  # classes are patched for the whole process
+
+
+def _holds_tracers(tree: Any) -> bool:
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+
+
 def _has_changes(out: Any, state: Any) -> bool:
     """Whether a Linen module returned its changed collections, too, as ``apply(..., mutable=[...])`` does."""
     collections = isinstance(state, Mapping) and "params" in state and isinstance(out, tuple) and len(out) == 2
@@ -364,6 +413,7 @@ class _Watch:
         self._open: list[tuple[Layer, int]] = []
         self._times: Counter[str] = Counter()
         self._names: dict[int, str] = {}
+        self._thread = threading.get_ident()
         self._kept: list[Any] = []  # so that no id is given twice
 
     def name(self, module: Any, prefix: str = "") -> None:
@@ -410,6 +460,8 @@ class _Watch:
 
         def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
             def __call__(layer: Any, *args: Any, **kwargs: Any) -> Any:
+                if threading.get_ident() != self._thread:
+                    return original(layer, *args, **kwargs)
                 if id(layer) not in self._names:
                     self.name(layer, type(layer).__name__ if self._open else "")
                 name = self._names[id(layer)]
@@ -439,8 +491,8 @@ def _numbers(tree: Any) -> list[Any]:
     return [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)]
 
 
-def cast(tree: Any, dtype: Any) -> Any:
-    """The tree with its floating arrays in another dtype."""
+def cast(tree: Any, dtype: Any, of: Any = jnp.floating) -> Any:
+    """The tree with its arrays of floating dtypes, or of the dtype `of` alone, in another dtype."""
     return jax.tree.map(
-        lambda a: jnp.asarray(a, dtype) if hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jnp.floating) else a, tree
+        lambda a: jnp.asarray(a, dtype) if hasattr(a, "dtype") and jnp.issubdtype(a.dtype, of) else a, tree
     )

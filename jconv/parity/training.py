@@ -16,7 +16,7 @@ import numpy as np
 from jconv import interop
 from jconv.errors import ParityError
 from jconv.parity import comparison, page, pairing, recording
-from jconv.parity.recording import Port
+from jconv.parity.recording import Port, first_line
 from jconv.parity.report import (
     MOST_IN_FLOAT32,
     MOST_IN_FLOAT64,
@@ -43,7 +43,7 @@ class TrainingReport:
         exact, plain: PyTorch's losses in float64 and in float32, one for each step, before its update.
         ours, wide: the port's in float32 and in float64; `wide` is None if that did not run.
         parts_at: the first step whose loss differs by more than rounding explains; None if there is none.
-        rows: the parameters after the last step.
+        rows: the parameters and the running means after the last step. (Of running variances Flax has another kind.)
         diagnoses: (mistake, sentence) for what explains the curves.
         comparison: where the curves part, the comparison of the first batch in train mode; None if they do not.
         notes: what was not compared and why.
@@ -103,10 +103,10 @@ class TrainingReport:
                 "parts_at": self.parts_at,
                 "verdict": self.verdict,
                 "losses": {
-                    "torch_float64": self.exact.tolist(),
-                    "torch_float32": self.plain.tolist(),
-                    "port_float32": self.ours.tolist(),
-                    "port_float64": None if self.wide is None else self.wide.tolist(),
+                    "torch_float64": _numbers(self.exact),
+                    "torch_float32": _numbers(self.plain),
+                    "port_float32": _numbers(self.ours),
+                    "port_float64": None if self.wide is None else _numbers(self.wide),
                 },
                 "parameters": {row.name: row.ok for row in self.rows},
                 "diagnoses": [{"mistake": mistake, "text": text} for mistake, text in self.diagnoses],
@@ -177,9 +177,13 @@ def compare_training(
     True
     """
     torch = comparison.torch_or_error()
-    batches = [(comparison.as_input(0, x), _target(y)) for x, y in batches]
+    batches = [_pair(batch) for batch in batches]
     if not batches:
         raise ParityError("batches is empty, expected pairs of an input and a target.")
+    if port_optimizer is not None and not (hasattr(port_optimizer, "init") and hasattr(port_optimizer, "update")):
+        raise ParityError(
+            f"port_optimizer is of type {type(port_optimizer).__name__}, expected an optax.GradientTransformation."
+        )
     steps = len(batches) if steps is None else steps
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ParityError(f"steps must be a whole number of at least 1, got {steps!r}.")
@@ -192,7 +196,7 @@ def compare_training(
     if side.state is None:
         raise ParityError("The port has no parameters to train; pass a module, or (function, parameters).")
     taken, layout = comparison.laid_out(side, [batches[0][0]], theirs.module, channel_last)
-    first = recording.record_torch(copy.deepcopy(torch_module).double().train(), [batches[0][0]])
+    first = recording.record_torch(copy.deepcopy(torch_module).double().train(), [batches[0][0]], torch.float64)
     if load:
         side = comparison.loaded(side, torch_module, first, taken, None, rename, kinds)
     rename = comparison.paired(
@@ -201,8 +205,8 @@ def compare_training(
     twins = {t.name: t for t in comparison.twins_of(side.model, torch_module, rename, kinds)}
     used = port_optimizer if port_optimizer is not None else theirs.optax(side, twins)
     notes: list[str] = []
-    moved = taken[0].shape != batches[0][0].shape or layout == "channel-last"
-    mine = _Ours(side, [(np.moveaxis(x, 1, -1) if moved else x, y) for x, y in batches], loss, steps)
+    last = layout == "channel-last"
+    mine = _Ours(side, [(np.moveaxis(x, 1, -1) if last else x, y) for x, y in batches], loss, steps, last)
     ours, ours_state = mine.losses(used, jnp.float32)
     wide, wide_state = None, None
     if float64:
@@ -213,7 +217,8 @@ def compare_training(
     rows = []
     final = {t.name: t for t in comparison.twins_of(ours_state, torch_module, rename, kinds)}
     widely = {t.name: t.array for t in comparison.twins_of(wide_state, torch_module, rename, kinds)} if float64 else {}
-    for name, _ in torch_module.named_parameters():
+    means = [name for name, _ in torch_module.named_buffers() if name.endswith("running_mean")]
+    for name in [*dict(torch_module.named_parameters()), *means]:
         if name in final:
             array = final[name].array
             view = pairing.unchanged(exact_state[name].shape, array.shape)
@@ -301,8 +306,15 @@ def _described(optimizer: Any) -> str:
     return f"{type(optimizer).__name__}({'; '.join(groups)})"
 
 
-def _target(y: Any) -> np.ndarray:
-    return np.asarray(y.detach().cpu() if hasattr(y, "detach") else y)
+def _numbers(losses: np.ndarray) -> list[float | None]:
+    return [float(loss) if np.isfinite(loss) else None for loss in losses]
+
+
+def _pair(batch: Any) -> tuple[np.ndarray, np.ndarray]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ParityError(f"batches must hold pairs of an input and a target, got one of type {type(batch).__name__}.")
+    x, y = batch
+    return comparison.as_input(0, x), np.asarray(y.detach().cpu() if hasattr(y, "detach") else y)
 
 
 def _torch_loss(loss: _Loss) -> Callable[[Any, Any], Any]:
@@ -310,10 +322,18 @@ def _torch_loss(loss: _Loss) -> Callable[[Any, Any], Any]:
 
     if isinstance(loss, tuple) and len(loss) == 2 and all(map(callable, loss)):
         return loss[0]
+
+    def mean_squared(out: Any, y: Any) -> Any:
+        if out.shape != y.shape:
+            raise ParityError(
+                f"loss='mse' wants targets of the output's shape {tuple(out.shape)}, got {tuple(y.shape)}."
+            )
+        return F.mse_loss(out, y.to(out.dtype))
+
     if loss == "cross_entropy":
         return lambda out, y: F.cross_entropy(out, y.long())
     if loss == "mse":
-        return lambda out, y: F.mse_loss(out, y.to(out.dtype))
+        return mean_squared
     raise ParityError(f"loss must be 'cross_entropy', 'mse' or a pair of functions, PyTorch's and JAX's, got {loss!r}.")
 
 
@@ -340,25 +360,26 @@ class _Theirs:
             )
 
     def optax(self, side: Port, twins: Mapping[str, interop.Twin]) -> Any:
-        """optax's counterpart, with a label for each group of parameters."""
-        made = [_optax(self.kind.__name__, settings) for _, settings in self.groups]
-        if len(made) == 1:
-            return made[0]
+        """optax's counterpart, with a label for each group of parameters; what PyTorch does not train stays."""
         import optax
 
-        paths = {
-            tuple(part for part in twins[name].path if part != "params"): index
-            for index, (names, _) in enumerate(self.groups)
-            for name in names
-            if name in twins
+        made: dict[int, Any] = {i: _optax(self.kind.__name__, settings) for i, (_, settings) in enumerate(self.groups)}
+        trained = {name: index for index, (names, _) in enumerate(self.groups) for name in names}
+        frozen = {name for name, parameter in self.module.named_parameters() if not parameter.requires_grad}
+        labels = {
+            tuple(part for part in twin.path if part != "params"): -1 if name in frozen else trained.get(name, -1)
+            for name, twin in twins.items()
         }
+        parameters, _ = side.parameters(side.state)
+        if len(made) == 1 and -1 not in labels.values():
+            return made[0]
 
         def label(path: Any, _: Any) -> int:
             words = tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
-            return paths.get(tuple(word for word in words if word not in ("params", "value")), 0)
+            return labels.get(tuple(word for word in words if word not in ("params", "value")), 0)
 
-        parameters, _ = side.parameters(side.state)
-        return optax.partition(dict(enumerate(made)), jax.tree_util.tree_map_with_path(label, parameters))
+        every: Any = {**made, -1: optax.set_to_zero()}
+        return optax.partition(every, jax.tree_util.tree_map_with_path(label, parameters))
 
     def losses(
         self, dtype: Any, steps: int | None = None, kind: Any = None, **changed: Any
@@ -381,9 +402,14 @@ class _Theirs:
         for step in range(steps or self.steps):
             x, y = self.batches[step % len(self.batches)]
             optimizer.zero_grad()
-            with torch.enable_grad():
-                loss = self.loss(module(recording.as_tensor(x, dtype)), torch.from_numpy(np.array(y)))
-            loss.backward()
+            try:
+                with torch.enable_grad(), recording.new_tensors(dtype):
+                    loss = self.loss(module(recording.as_tensor(x, dtype)), torch.from_numpy(np.array(y)))
+                loss.backward()
+            except (RuntimeError, TypeError, IndexError) as error:
+                raise ParityError(
+                    f"The PyTorch module cannot be trained on these batches: {first_line(error)}"
+                ) from error
             found.append(float(loss.detach()))
             optimizer.step()
         return np.array(found), {name: value.detach().numpy() for name, value in module.state_dict().items()}
@@ -437,14 +463,14 @@ def _of_optimizer(theirs: _Theirs, judged: np.ndarray, factor: float) -> Iterato
 class _Ours:
     """The port's training."""
 
-    def __init__(self, side: Port, batches: _Batches, loss: _Loss, steps: int) -> None:
-        self.side, self.batches, self.loss, self.steps = side, batches, loss, steps
+    def __init__(self, side: Port, batches: _Batches, loss: _Loss, steps: int, last: bool) -> None:
+        self.side, self.batches, self.loss, self.steps, self.last = side, batches, loss, steps, last
 
     def losses(self, optimizer: Any, dtype: Any) -> tuple[np.ndarray, Any]:
         """The losses, and the model at the end."""
         import optax
 
-        side = self.side.replaced(recording.cast(self.side.model, dtype))
+        side = self.side.widened() if dtype == jnp.float64 else self.side
         parameters, rest = side.parameters(side.state)
 
         def step(parameters: Any, rest: Any, held: Any, x: Any, y: Any) -> Any:
@@ -472,10 +498,10 @@ class _Ours:
         if self.loss == "cross_entropy":  # classes stand last here, and second in PyTorch
             logits = jax.nn.log_softmax(out)
             return -jnp.take_along_axis(logits, y[..., None], -1).mean()
-        view = next(pairing.views(y.shape, out.shape), None)
-        if view is None:
+        views = list(pairing.views(y.shape, out.shape))
+        if not views:
             raise ParityError(f"The port returns {out.shape}, which does not fit the target's {y.shape}.")
-        return ((view.bring(out) - y) ** 2).mean()
+        return ((views[-1 if self.last else 0].bring(out) - y) ** 2).mean()
 
 
 def _parting(exact: np.ndarray, plain: np.ndarray, ours: np.ndarray, wide: np.ndarray | None) -> int | None:
