@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import jconv
 from jconv import cli, functional, parity
+from jconv.algorithms.im2col import Im2col
 from jconv.errors import ParityError
 from jconv.parity import sweeping
 from jconv.parity.sweeping import DTYPES, Case
@@ -94,6 +96,13 @@ def test_an_exception_is_a_miss(monkeypatch):
     report = parity.sweep(SOME)
     assert {o.case.function for o in report.misses} == {"pad", "conv1d"}  # which pads by its padding_mode
     assert all(o.failure == "ZeroDivisionError: broken" for o in report.misses)
+
+
+def test_a_broken_algorithm_is_a_miss_and_no_refusal(monkeypatch):
+    monkeypatch.setattr(Im2col, "run", lambda *_: jnp.zeros(3))
+    case = Case("conv1d", ((1, 2, 7), (2, 2, 3), (2,)), algorithm="im2col")
+    (outcome,) = parity.sweep([case]).outcomes
+    assert not outcome.ok and not outcome.refused and outcome.failure
 
 
 def test_bad_arguments():
