@@ -26,6 +26,7 @@ from jconv import parity
 
 def main(
     html: Annotated[Path | None, typer.Option(help="Where the report is written as a page.")] = None,
+    gradients: Annotated[bool, typer.Option(help="Compare gradients, too.")] = True,
     plot: Annotated[Path | None, typer.Option(help="Where the errors are drawn, as .png, .svg or .pdf.")] = None,
 ) -> None:
     """Compare EfficientNet-Lite0 in Flax on jconv with its PyTorch source, on a photograph, gradients included."""
@@ -33,7 +34,9 @@ def main(
     theirs = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=file)
     ours = EfficientNetLite0(rngs=nnx.Rngs(0))
     cat = normalise(crop(Image.fromarray(skimage.data.chelsea())))
-    report = parity.compare(theirs, ours, torch.tensor(cat.tolist()).permute(2, 0, 1)[None], load=True)
+    report = parity.compare(
+        theirs, ours, torch.tensor(cat.tolist()).permute(2, 0, 1)[None], load=True, gradients=gradients
+    )
     Console(soft_wrap=True).print(report) if Console().is_terminal else print(report)
     for path, write in ((html, report.to_html), (plot, report.plot)):
         if path is not None:

@@ -611,8 +611,9 @@ def loaded_transformer(theirs):
     return port
 
 
-@pytest.mark.parametrize("float64", [True, False])
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize(
+    "name, float64", [*((name, True) for name in RIGHT), ("Linen, bound", False), ("up and down", False)]
+)
 def test_a_right_port_is_equal(name, float64):
     theirs, make, x = RIGHT[name]
     theirs = settled(theirs, x, steps=2)
