@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -225,7 +226,12 @@ def sweep(
         with jax.enable_x64(True), jax.default_device(where):
             return _compared(case, precision, where.platform == "cpu")
 
-    with ThreadPoolExecutor(min(4, threads())) as pool, contextlib.closing(progress(chosen, "comparing")) as steps:
+    with (
+        ThreadPoolExecutor(min(4, threads())) as pool,
+        contextlib.closing(progress(chosen, "comparing")) as steps,
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Using padding='same'")  # that PyTorch copies what it pads
         for start in range(0, len(chosen), 200):
             for outcome in pool.map(compared, chosen[start : start + 200]):
                 outcomes.append(outcome)
