@@ -1248,3 +1248,26 @@ def test_heads_beside_each_other_are_features():
     assert report.ok and report.rows[0].view == "reshape" and any("not compared" in n for n in report.notes), str(
         report
     )
+
+
+def test_a_layer_that_takes_keywords_differs_without_an_exception():
+    class Scaled(tn.Module):
+        def forward(self, x, *, scale):
+            return x * scale
+
+    class Outer(tn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scaled = Scaled()
+
+        def forward(self, x):
+            return self.scaled(x, scale=torch.full_like(x, 2.0))
+
+    port = Call(lambda self, x: self.scaled(x, scale=jnp.full_like(x, 3.0)), scaled=Tripled())
+    report = parity.compare(Outer(), port, image(2, 5))
+    assert report.first_divergent == "scaled", str(report)
+
+
+class Tripled(nnx.Module):
+    def __call__(self, x, *, scale):
+        return x * scale

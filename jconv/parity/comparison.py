@@ -42,7 +42,7 @@ def compare(
 
     Both run in float32 and, as the judge, in float64, where a difference that is not rounding cannot hide. Each pair of
     layers is compared after the transposition that aligns them. Where the two part, PyTorch's computation is repeated
-    with the usual mistakes made on purpose; one that gives the port's own numbers is the diagnosis.
+    with the usual mistakes made on purpose, for a minute at most; one that gives the port's own numbers is the diagnosis.
 
     Neither network is changed: PyTorch's is copied, and so is an NNX module.
 
@@ -60,8 +60,8 @@ def compare(
         rename, kinds: as in :func:`jconv.interop.load_torch`; they also say which parameters are twins.
         channel_last: whether the port takes images (N, *window, C); by default, what its call accepts.
         port_kwargs: keyword arguments of the port's call, such as ``{"train": False}``.
-        float64: whether to run in float64, which takes a few times as long. Without it, what is judged is whether the
-            port is within 16 times PyTorch's own rounding error, which is then estimated.
+        float64: whether the port runs in float64, too. Without it, what is judged is whether its float32 is within 16 times
+            PyTorch's own rounding error.
 
     Returns:
         A :class:`Report`: ``.ok``, ``.rows``, ``.first_divergent``, ``.diagnoses``. It prints itself.
@@ -232,7 +232,7 @@ class _Run:
             mine = np.asarray(mine)
             mine64 = None if mine64 is None else np.asarray(mine64)
             if name.startswith("input "):
-                view, why = pairing.view_of(theirs, mine, self.last), "order"
+                view, why = pairing.view_of(theirs, mine, self.last, whole=True), "order"
             else:
                 view, why = pairing.unchanged(theirs.shape, mine.shape), "parameters"
                 if view is None:
@@ -689,7 +689,10 @@ def _first_output(module: Any, inputs: list[np.ndarray], watch: Any) -> np.ndarr
     import torch
 
     with torch.no_grad(), recording.new_tensors(torch.float64), watch or contextlib.nullcontext():
-        out = module(*(recording.as_tensor(np.ascontiguousarray(x), torch.float64) for x in inputs))
+        try:
+            out = module(*(recording.as_tensor(np.ascontiguousarray(x), torch.float64) for x in inputs))
+        except (RuntimeError, TypeError, ValueError, IndexError):  # it takes keywords, or other sizes
+            return None
     return out.numpy() if torch.is_tensor(out) else None
 
 

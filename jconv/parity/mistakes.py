@@ -2,7 +2,8 @@
 
 A mistake is not guessed from a pattern. Each row of the table changes one call of a PyTorch function, as the mistake
 would have, and the computation runs anew in float64; if that gives what the port gave, within rounding, the mistake is
-found. So nothing is diagnosed that does not explain the port's numbers.
+found. What :func:`patterns` reads off the two arrays is applied to PyTorch's, and held against the port's, too. So nothing
+is diagnosed that does not explain the port's numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Call", "Change", "changes", "watcher"]
+__all__ = ["Call", "Change", "changes", "patterns", "watcher"]
 
 
 class Change(NamedTuple):

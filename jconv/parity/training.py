@@ -204,7 +204,9 @@ def compare_training(
     )[1]
     twins = {t.name: t for t in comparison.twins_of(side.model, torch_module, rename, kinds)}
     used = port_optimizer if port_optimizer is not None else theirs.optax(side, twins)
-    notes: list[str] = []
+    notes = []
+    if any(name.endswith("running_var") for name, _ in torch_module.named_buffers()):
+        notes.append("Running variances were not compared: Flax divides a batch's by n, PyTorch by n - 1.")
     last = layout == "channel-last"
     mine = _Ours(side, [(np.moveaxis(x, 1, -1) if last else x, y) for x, y in batches], loss, steps, last)
     ours, ours_state = mine.losses(used, jnp.float32)
