@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 import subprocess
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -24,6 +26,7 @@ import jconv.nnx as jnn
 from jconv import functional as JF
 from jconv import interop, parity
 from jconv.errors import ParityError, StateDictError
+from jconv.parity import recording
 
 
 @pytest.fixture(autouse=True)
@@ -1235,6 +1238,24 @@ def test_flax_is_left_as_it_was():
     with ThreadPoolExecutor(3) as pool:
         assert all(pool.map(compare, range(6)))
     assert before == {cls: vars(cls)["__call__"] for cls in before}
+
+
+def test_threads_leave_the_default_dtype_as_it_was():
+    """PyTorch's default dtype is the process's: two that set it and put it back in turns would leave float64."""
+    entered = threading.Barrier(2)
+
+    def other():
+        entered.wait()
+        with recording.new_tensors(torch.float64):
+            time.sleep(0.2)
+
+    with ThreadPoolExecutor(1) as pool:
+        with recording.new_tensors(torch.float64):
+            done = pool.submit(other)
+            entered.wait()
+            time.sleep(0.1)
+        done.result()
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_heads_beside_each_other_are_features():

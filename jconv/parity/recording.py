@@ -131,17 +131,21 @@ def record_torch(
     return Recording(layers, [] if only is not None else _arrays(out), state)
 
 
+_DEFAULT_DTYPE = threading.RLock()
+
+
 @contextlib.contextmanager
 def new_tensors(dtype: Any) -> Iterator[None]:
-    """The dtype of the tensors that PyTorch modules make as they run."""
+    """The dtype of the tensors that PyTorch modules make as they run: PyTorch has one for all threads."""
     import torch
 
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(usual)
+    with _DEFAULT_DTYPE:
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(usual)
 
 
 class _Stop(Exception):
