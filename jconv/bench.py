@@ -20,8 +20,8 @@ from jconv import store
 from jconv.algorithms.base import lax_convolution
 from jconv.convolve import convolve
 from jconv.errors import ConvError
-from jconv.explaining import number
 from jconv.planner import plan
+from jconv.printing import aligned, number
 from jconv.problem import ConvProblem
 from jconv.tuning import CHANNEL_LAST, DIRECTIONS, progress, race
 
@@ -94,14 +94,9 @@ class Report:
         return all(row.agrees for row in self.rows)
 
     def __str__(self) -> str:
-        head, *rows = self._cells()
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        sides = [str.rjust if name in _NUMBERS else str.ljust for name in head]
-        lines = [
-            "  ".join(side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)).rstrip()
-            for row in (head, *rows)
-        ]
-        return "\n".join([self._title(), *lines, *self._notes()])
+        cells = self._cells()
+        left = [index for index, name in enumerate(cells[0]) if name not in _NUMBERS]
+        return "\n".join([self._title(), *aligned(cells, left), *self._notes()])
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         from rich import box

@@ -26,6 +26,7 @@ from jconv.algorithms.base import Algorithm
 from jconv.convolve import conv_p
 from jconv.errors import ConvError
 from jconv.planner import Candidate, Plan, plan, platform_named
+from jconv.printing import aligned, new_figure, number, save, sizes
 from jconv.problem import ConvProblem, is_static
 from jconv.rewrite import Step, needed, problem_of, program_of, steps_of
 
@@ -313,16 +314,12 @@ class Report:
         Raises:
             ConvError: if matplotlib is not installed, if there is nothing to draw, or if the file cannot be written.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ConvError("plot needs matplotlib, which is not installed; pip install matplotlib") from None
         bars, rest = self._bars()
         if not bars:
             raise ConvError("plot needs a convolution whose time is known, and the program has none")
         labels, before, after = map(list, zip(*bars, strict=True))
         where = np.arange(len(bars))
-        figure = Figure(figsize=(10, 2 + 0.34 * (len(bars) + bool(rest))), layout="constrained")
+        figure = new_figure(figsize=(10, 2 + 0.34 * (len(bars) + bool(rest))), layout="constrained")
         axes = figure.add_subplot()
         for offset, times, name, color in ((-0.2, before, "lax", "#b9c2cc"), (0.2, after, "jconv", "#3b6ea5")):
             drawn = axes.barh(where + offset, times, 0.38, label=name, color=color)
@@ -340,12 +337,7 @@ class Report:
         figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=9)
         axes.set_title(_shortened(f"{self.program}: {self._speed()}", 90), fontsize=10, loc="left")
         if path is not None:
-            try:
-                figure.savefig(path, dpi=110)
-            except (OSError, ValueError) as error:
-                raise ConvError(
-                    f"path {str(path)!r} cannot be written ({error}); name a .png, .pdf or .svg in a folder that can be"
-                ) from None
+            save(figure, path)
         return figure
 
     def _bars(self) -> tuple[list[_Bar], list[_Bar]]:
@@ -390,21 +382,18 @@ class Report:
         every = _columns(self.rows, layers=False)
         roomy = _fitting(every, width, gap=2)
         columns = roomy or _fitting(every, width, gap=1) or [column for column in every if not column.rank]
-        gap, widths = " " * (2 if roomy else 1), [column.width for column in columns]
-
-        def line(cells: Iterable[str]) -> str:
-            sides = (str.ljust if column.is_left else str.rjust for column in columns)
-            padded = (side(cell, width) for side, cell, width in zip(sides, cells, widths, strict=True))
-            return gap + gap.join(padded).rstrip()
-
+        gap = " " * (2 if roomy else 1)
+        left = [index for index, column in enumerate(columns) if column.is_left]
+        table = zip(*((column.name, *column.cells) for column in columns), strict=True)
+        head, *texts = (gap + line for line in aligned(list(table), left, gap))
         if self.rows:
-            yield line(column.name for column in columns), False
+            yield head, False
         last = None
-        for row, cells in zip(self.rows, zip(*(column.cells for column in columns), strict=True), strict=False):
+        for row, text in zip(self.rows, texts, strict=True):
             if row.place != last:
                 yield str(row.place), True
                 last = row.place
-            yield line(cells), False
+            yield text, False
         yield from ((note, False) for note in self._notes())
 
     def _notes(self) -> list[str]:
@@ -539,11 +528,11 @@ class _Directions:
     """Tells what a convolution is to the forward ones of its program: its direction, and of which it is one."""
 
     def __init__(self, forwards: Iterable[ConvProblem]) -> None:
-        self._forwards = {problem: number for number, problem in enumerate(dict.fromkeys(forwards))}
+        self._forwards = {problem: index for index, problem in enumerate(dict.fromkeys(forwards))}
         self._gradients: dict[tuple[Any, ...], dict[str, int]] = {}
-        for problem, number in self._forwards.items():
+        for problem, index in self._forwards.items():
             for direction, adjoint in zip(DIRECTIONS[1:], (input_problem, weight_problem), strict=True):
-                self._gradients.setdefault(_signature(adjoint(problem)), {}).setdefault(direction, number)
+                self._gradients.setdefault(_signature(adjoint(problem)), {}).setdefault(direction, index)
 
     def of(self, problem: ConvProblem, transposed: bool) -> tuple[int, str]:
         if not transposed:
@@ -662,7 +651,9 @@ def _columns(rows: tuple[Row, ...], layers: bool) -> list[_Column]:
         _Column("", [str(index) for index in range(len(rows))]),
         _Column("layer", [str(row.place) for row in rows], True),
         _Column("direction", [row.direction for row in rows], True),
-        _Column("image * kernel", [f"{_x(r.problem.lhs_shape)} * {_x(r.problem.rhs_shape)}" for r in rows], True, 1),
+        _Column(
+            "image * kernel", [f"{sizes(r.problem.lhs_shape)} * {sizes(r.problem.rhs_shape)}" for r in rows], True, 1
+        ),
         _Column("runs", runs, rank=0 if any(run != "1" for run in runs) else 2),
         _Column("MMAC", [number(row.macs * row.runs / 1e6) for row in rows], rank=3),
         _Column("lax ms", [times(row.lax_ns) for row in rows]),
@@ -693,19 +684,6 @@ def _milliseconds(ns: float) -> str:
     return number(ns / 1e6)
 
 
-def number(value: float) -> str:
-    """Three digits of a number, without an exponent above.
-
-    >>> number(1234.5), number(0.012345)
-    ('1234', '0.0123')
-    """
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 or value == 0 else f"{value:.1g}"
-
-
 def _shortened(text: str, most: int) -> str:
     """The end of a text says more than its beginning: it is the layer's own name."""
     return text if len(text) <= most else f"…{text[1 - most :]}"
-
-
-def _x(shape: Iterable[int]) -> str:
-    return "x".join(map(str, shape))

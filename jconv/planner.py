@@ -16,6 +16,7 @@ from jconv.algorithms.tiling import InParts, within
 from jconv.algorithms.widened import Widened, widened
 from jconv.device import Device, MiB
 from jconv.errors import AlgorithmError, ConvError, ConvTypeError
+from jconv.printing import aligned
 from jconv.problem import ConvProblem, is_static
 from jconv.store import Pairs, calibrated, measured
 
@@ -70,13 +71,9 @@ class Plan:
                 )  # fmt: skip
         if not any(c.measured_ns for c in self.candidates):
             rows = [(*row[:2], *row[3:]) for row in rows]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
-        lines = [
-            "  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:]), row[-1]]).rstrip()
-            for row in rows
-        ]
+        table = [f"  {line}" for line in aligned(rows, left=(0, len(rows[0]) - 1))]
         head = f"{self.problem}\non {self.device.platform}: {self.algorithm.name} ({self.reason})"
-        return "\n".join([head, *lines])
+        return "\n".join([head, *table])
 
 
 def plan(problem: ConvProblem, platform: str) -> Plan:

@@ -31,6 +31,7 @@ from jconv.convolve import convolve
 from jconv.device import Constants, MiB, reference
 from jconv.errors import ConvError
 from jconv.planner import plan_given
+from jconv.printing import aligned
 from jconv.problem import ConvProblem, integer
 from jconv.rewrite import problems_of
 
@@ -98,12 +99,7 @@ class Report:
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        head, *rows = self._cells()
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in (head, *rows)
-        ]
-        return "\n".join([self._title(), *lines, *self._notes()])
+        return "\n".join([self._title(), *aligned(self._cells()), *self._notes()])
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         """rich's table; or, where the terminal is narrower, a short one for each problem."""
@@ -247,12 +243,9 @@ class Calibration:
     after: Constants
 
     def __str__(self) -> str:
-        rows = [
-            f"{name:<12}  {was:>6}  {now:>6}"
-            for name, was, now in zip(Constants._fields, self.before, self.after, strict=True)
-        ]
+        rows = zip(Constants._fields, map(str, self.before), map(str, self.after), strict=True)
         title = f"{self.cpu}, threads {self.threads}; float32 operations and bytes a nanosecond, of one core"
-        return "\n".join([title, f"{'constant':<12}  {'was':>6}  {'is':>6}", *rows])
+        return "\n".join([title, *aligned([("constant", "was", "is"), *rows])])
 
     def to_json(self) -> str:
         """The calibration as a JSON object."""

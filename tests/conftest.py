@@ -1,5 +1,6 @@
 import itertools
 import os
+import sys
 
 # Thousands of small programs are compiled once and run once: LLVM's optimiser would be most of the time.
 # Eight virtual devices serve the sharding tests.
@@ -24,6 +25,13 @@ jax.config.update("jax_enable_x64", True)
 pytest_plugins = ["pytester"]
 
 _tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def same_weights():
+    """The weights of PyTorch's layers do not depend on the tests before."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -453,7 +453,7 @@ def test_a_picture_that_cannot_be_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(ConvError, match="plot needs a convolution"):
         jconv.explain(jnp.sin, X).plot()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConvError, match="plot needs matplotlib, which is not installed"):
+    with pytest.raises(ConvError, match="A picture needs matplotlib, which is not installed"):
         report.plot()
 
 

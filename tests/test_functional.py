@@ -258,7 +258,7 @@ def pads_of(axes):
 
 
 @pytest.mark.parametrize("mode", ("constant", "reflect", "replicate", "circular"))
-@pytest.mark.parametrize("axes,extra", [(n, e) for n in (1, 2, 3) for e in (1, 2)])
+@pytest.mark.parametrize("axes,extra", [(1, 2), (2, 1), (2, 2), (3, 2)])
 def test_pad(mode, axes, extra):
     x = draw(*(2, 3)[:extra], *(5, 4, 6)[:axes])
     for pads in pads_of(axes):

@@ -20,8 +20,8 @@ FLOORS = {
     for floor, modules in enumerate(
         (
             ("errors",),
-            ("device", "problem", "checkpoint", "slots", "parity.mistakes", "parity.page"),
-            ("adjoint", "store", "algorithms.base", "algorithms"),
+            ("device", "problem", "checkpoint", "slots", "parity.mistakes", "printing"),
+            ("adjoint", "store", "algorithms.base", "algorithms", "parity.page"),
             (
                 "algorithms.xla",
                 "algorithms.depthwise",
@@ -112,7 +112,7 @@ def test_who_may_import_what(module):
             tables = ("tuning", "explaining", "bench", "parity.report", "parity.sweeping")
             assert module == "cli" or (module in tables and not top)
         if package == "matplotlib":
-            assert module in ("explaining", "parity.page") and not top
+            assert module in ("printing", "parity.page") and not top
         if package == "platformdirs":
             assert module == "store" and not top
         if package == "torch":

@@ -1,5 +1,6 @@
 """The laws of docs/design.md, each a test under its name, over the table of cases."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -38,7 +39,7 @@ PAIRS = [
 
 
 # Compiling is the suite's time: what serves everything shows its rarer dtypes and its gradients on one case a role.
-GENERAL = ("xla", "channel_last", "direct", "fold", "groupwise")
+GENERAL = ("xla", "channel_last", "direct", "fold", "groupwise", "im2col")
 
 
 def with_dtypes(
@@ -93,11 +94,14 @@ def test_exact(case, algorithm, dtype):
 )
 def test_gradient(case, algorithm):
     """vjp, jvp, and the Hessian's product with a vector, of both operands, as lax's."""
-    dtype = np.float64
-    x, w = case.operands(dtype)
-    dx, dw = case.operands(dtype, seed=1)
+    ours = functools.partial(jconv.conv_general_dilated, algorithm=algorithm)
+    for a, e in zip(everything(case, ours), everything_of_lax(case.name), strict=True):
+        assert_close(a, e, algorithm.name, np.float64, factor=4)
 
-    def everything(conv, x, w, dx, dw):
+
+def everything(case, conv):
+    @jax.jit
+    def run(x, w, dx, dw):
         def f(x, w):
             return conv(x, w, **case.arguments)
 
@@ -108,13 +112,13 @@ def test_gradient(case, algorithm):
         gradient, curvature = jax.jvp(jax.grad(loss, (0, 1)), (x, w), (dx, dw))
         return y, dy, gradient, curvature
 
-    def ours(*args, **kwargs):
-        return jconv.conv_general_dilated(*args, **kwargs, algorithm=algorithm)
+    return jax.tree.leaves(run(*case.operands(np.float64), *case.operands(np.float64, seed=1)))
 
-    actual = jax.jit(everything, static_argnums=0)(ours, x, w, dx, dw)
-    expected = jax.jit(everything, static_argnums=0)(jax.lax.conv_general_dilated, x, w, dx, dw)
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert_close(a, e, algorithm.name, dtype, factor=4)
+
+@functools.cache
+def everything_of_lax(name):
+    case = next(c for c in CASES if c.name == name)
+    return [np.asarray(leaf) for leaf in everything(case, jax.lax.conv_general_dilated)]
 
 
 @with_dtypes((), (np.int32,))

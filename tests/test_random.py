@@ -13,7 +13,7 @@ from jconv.adjoint import input_problem, weight_problem
 from jconv.convolve import convolve, input_gradient, weight_gradient
 
 SETTINGS = settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -101,7 +101,7 @@ def torch_calls(draw):
     return f"conv{'_transpose' * transposed}{n}d", arrays, options
 
 
-@SETTINGS
+@settings(SETTINGS, max_examples=40)
 @given(torch_calls())
 def test_as_torch(call):
     """The same value, or an error where torch raises one."""

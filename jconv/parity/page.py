@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from jconv.errors import ParityError
+from jconv.printing import new_figure
 
-__all__ = ["error_figure", "loss_figure", "page", "save", "training_page", "write"]
+__all__ = ["error_figure", "loss_figure", "page", "training_page", "write"]
 
 MOST_MAPS = 12
 _FLOOR = 1e-17
@@ -89,24 +90,10 @@ def write(text: str, path: str | os.PathLike[str]) -> None:
         ) from None
 
 
-def save(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Writes a picture in the format that its ending names.
-
-    Raises:
-        ParityError: if the file cannot be written.
-    """
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise ParityError(
-            f"path {str(path)!r} cannot be written ({error}); name a .png, .pdf or .svg in a folder that can be"
-        ) from None
-
-
 def error_figure(rows: Sequence[Any], part: str) -> Any:
     """The relative error of each row on a logarithmic axis: the port's in float32 and in float64, and PyTorch's own."""
     shown = [row for row in rows if row.part == part]
-    figure = _figure(figsize=(11, 1.6 + 0.2 * len(shown)), layout="constrained")
+    figure = new_figure(ParityError, figsize=(11, 1.6 + 0.2 * len(shown)), layout="constrained")
     axes = figure.add_subplot()
     where = np.arange(len(shown))
     floor = np.full(len(shown), _FLOOR)
@@ -133,7 +120,7 @@ def error_figure(rows: Sequence[Any], part: str) -> Any:
 
 def loss_figure(report: Any) -> Any:
     """The loss curves, and below how far the port's are from PyTorch's in float64."""
-    figure = _figure(figsize=(11, 6), layout="constrained")
+    figure = new_figure(ParityError, figsize=(11, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     steps = np.arange(len(report.exact))
     above.plot(steps, report.exact, color=_INK, linewidth=2.5, label="PyTorch, float64")
@@ -161,14 +148,6 @@ def loss_figure(report: Any) -> Any:
         axes.grid(color="#e4e8ee", linewidth=0.7)
         axes.legend(frameon=False, fontsize=8)
     return figure
-
-
-def _figure(**options: Any) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ParityError("A picture needs matplotlib, which is not installed; pip install matplotlib.") from None
-    return Figure(**options)
 
 
 def _plain(row: Any) -> float:

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from jconv.errors import ParityError
 from jconv.parity import page
 from jconv.parity.pairing import View
+from jconv.printing import aligned, save, sizes
 
 __all__ = [
-    "Diagnosis", "Numbers", "Report", "Row", "cells", "lines", "noise_of", "numbers_of", "row_lines", "ulp",
+    "Diagnosis", "Numbers", "Report", "Row", "cells", "noise_of", "numbers_of", "row_lines", "ulp",
 ]  # fmt: skip
 
 # In units of PyTorch's own rounding error in float32. A port's summation order is its own, so that its error is a few of
@@ -315,7 +317,7 @@ class Report:
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws the error of each layer on a logarithmic axis, as .png, .svg or .pdf. Needs matplotlib."""
-        page.save(page.error_figure(self.rows, "layer"), path)
+        save(page.error_figure(self.rows, "layer"), path, ParityError)
 
     @property
     def remarks(self) -> list[str]:
@@ -345,7 +347,7 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         "noise", "float64",
     )]  # fmt: skip
     for row in rows:
-        shape = _x(row.shape)
+        shape = sizes(row.shape)
         if row.numbers is None:
             found.append(
                 (
@@ -354,7 +356,7 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
                     row.kind,
                     row.port,
                     row.paired,
-                    row.view or f"{shape} / {_x(row.port_shape)}",
+                    row.view or f"{shape} / {sizes(row.port_shape)}",
                     *[""] * 7,
                 )
             )
@@ -370,21 +372,7 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 def row_lines(rows: Sequence[Row]) -> list[str]:
     """The table of rows as lines."""
-    return lines(cells(rows), left=7) if rows else []
-
-
-def lines(table: Sequence[tuple[str, ...]], left: int) -> list[str]:
-    """A table of texts as lines, its first columns to the left."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    sides = [str.ljust if index < left else str.rjust for index in range(len(widths))]
-    return [
-        "  ".join(side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)).rstrip()
-        for row in table
-    ]
-
-
-def _x(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
+    return aligned(cells(rows), left=range(7)) if rows else []
 
 
 def _finite(value: Any) -> Any:

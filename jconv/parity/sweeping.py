@@ -20,8 +20,8 @@ from jconv.algorithms.table import ALGORITHMS
 from jconv.device import threads
 from jconv.errors import AlgorithmError, ParityError
 from jconv.parity.comparison import torch_or_error
-from jconv.parity.report import lines
 from jconv.parity.tolerances import TOLERANCES
+from jconv.printing import aligned
 from jconv.tuning import progress
 
 __all__ = ["Case", "Outcome", "SweepReport", "cases", "sweep"]
@@ -123,7 +123,7 @@ class SweepReport:
         return max(self.outcomes, key=lambda outcome: outcome.share)
 
     def __str__(self) -> str:
-        return "\n".join([*lines(self._cells(), left=2), *self._ends()])
+        return "\n".join([*aligned(self._cells(), left=range(2)), *self._ends()])
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         from rich import box

@@ -24,10 +24,10 @@ from jconv.parity.report import (
     Report,
     Row,
     cells,
-    lines,
     row_lines,
     ulp,
 )
+from jconv.printing import aligned, save
 
 __all__ = ["TrainingReport", "compare_training", "optax_of"]
 
@@ -93,7 +93,7 @@ class TrainingReport:
         said = [f"Diagnosis, {mistake}: {text}." for mistake, text in self.diagnoses]
         ends = [*said, *self.notes, "; ".join(f"{name} {value}" for name, value in self.conditions.items())]
         failed = [row for row in self.rows if not row.ok]
-        return "\n".join([self.verdict, *lines(self.cells(), left=2), *row_lines(failed), *ends])
+        return "\n".join([self.verdict, *aligned(self.cells(), left=range(2)), *row_lines(failed), *ends])
 
     def to_json(self) -> str:
         """The report as a JSON object: verdict, losses, diagnoses, conditions."""
@@ -122,7 +122,7 @@ class TrainingReport:
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws the loss curves, as .png, .svg or .pdf. Needs matplotlib."""
-        page.save(page.loss_figure(self), path)
+        save(page.loss_figure(self), path, ParityError)
 
 
 def compare_training(
