@@ -117,12 +117,12 @@ def compare(
         ours = side.record([jnp.asarray(x) for x in ours_inputs])
     pairs, rename = paired(side, torch_module, exact, ours, mapping, rename, kinds)
     if not side.eager and len(ours.layers) > 1 and _unrecorded(exact, pairs):
-        # Programs that JAX had traced before hide their layers.
+        # Programs that JAX had traced before hide their layers. A port that runs traced only stays as it was recorded.
         with jax.enable_x64(False), contextlib.suppress(Exception):
-            side.eager = True
-            again = side.record([jnp.asarray(x) for x in ours_inputs])
+            eager = side.eagerly()
+            again = eager.record([jnp.asarray(x) for x in ours_inputs])
             if len(again.layers) > len(ours.layers):
-                ours = again
+                side, ours = eager, again
                 pairs, rename = paired(side, torch_module, exact, ours, mapping, rename, kinds)
     wide: Recording | None = None
     if float64:

@@ -300,6 +300,12 @@ class Port:
         other.graph, other.state = nnx.split(model) if self.is_nnx else (None, model)
         return other
 
+    def eagerly(self) -> Port:
+        """The same, run operation by operation."""
+        other = copy.copy(self)
+        other.eager = True
+        return other
+
     def widened(self) -> Port:
         """The same in float64, where layers that name float32 as their dtype compute in float64, too."""
         from flax import nnx
