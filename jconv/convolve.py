@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from math import prod
 from typing import Any, Literal
 
 import jax
@@ -137,9 +138,9 @@ def _evaluate(lhs: jax.Array, rhs: jax.Array, *, problem: ConvProblem, wish: Alg
         with jax.disable_jit(False):
             return _jitted(problem, wish)(lhs, rhs)
     # The algorithm itself, and not the primitive, so that JAX can replay it under debug_nans and disable_jit.
-    placed = (next(iter(x.devices())).platform for x in (lhs, rhs) if hasattr(x, "devices"))
-    platform = next(placed, jax.default_backend())
-    return _runner(choose(problem, wish, platform), problem)(lhs, rhs)
+    placed = [x.devices() for x in (lhs, rhs) if hasattr(x, "devices")]
+    platform = next(iter(placed[0])).platform if placed else jax.default_backend()
+    return _runner(choose(problem, wish, platform, max(map(len, placed), default=1)), problem)(lhs, rhs)
 
 
 @conv_p.def_abstract_eval
@@ -157,8 +158,16 @@ def _lower(ctx: Any, lhs: Any, rhs: Any, *, problem: ConvProblem, wish: Algorith
     # Algorithms are traced without the shardings of an explicit mesh: the partitioner places them.
     ctx = ctx.replace(avals_in=[_unsharded(aval) for aval in ctx.avals_in])
     problem = problem.replace(out_sharding=None)
-    chosen = choose(problem, wish, platform)
+    chosen = choose(problem, wish, platform, _partitions(ctx.module_context.axis_context))
     return mlir.lower_fun(_runner(chosen, problem), multiple_results=False)(ctx, lhs, rhs)
+
+
+def _partitions(context: Any) -> int:
+    """Over how many devices the partitioner may spread the arrays of a program; inside ``shard_map`` those of the axes
+    that are left to it."""
+    if hasattr(context, "mesh"):
+        return prod(size for axis, size in context.mesh.shape.items() if axis not in context.manual_axes)
+    return getattr(context, "num_devices", 1)
 
 
 def run_algorithm(run: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import NamedTuple, SupportsIndex
 from jconv.errors import ConvError, ConvTypeError
 
 MiB = 1 << 20
+_CACHE = 2 * MiB
 
 
 class Constants(NamedTuple):
@@ -39,6 +40,9 @@ class Device:
         launch_ns: nanoseconds that a fused loop or a library call takes before it does any work.
         threads: threads that run a program.
         workspace_limit: bytes of temporaries above which an algorithm works in parts.
+        cache: bytes of a core's second-level cache; temporaries that stay in it cost less. 0 where nobody knows.
+        devices: over how many of its kind XLA's partitioner may spread a program's arrays; each has its share of the
+            temporaries.
         vendor_default: True where a vendor's kernels stand behind ``xla``, so that nothing untimed
             replaces them.
     """
@@ -52,6 +56,8 @@ class Device:
     launch_ns: int
     threads: int
     workspace_limit: int = 32 * MiB
+    cache: int = 0
+    devices: int = 1
     vendor_default: bool = False
 
 
@@ -158,7 +164,7 @@ def _from_environment() -> int:
 
 @lru_cache(maxsize=64)
 def _cpu(constants: Constants, threads: int, limit: int) -> Device:
-    return Device("cpu", *constants, threads=threads, workspace_limit=limit)
+    return Device("cpu", *constants, threads=threads, workspace_limit=limit, cache=_CACHE)
 
 
 @cache

@@ -150,11 +150,15 @@ def resolve(algorithm: Any, problem: ConvProblem) -> Algorithm | None:
     return wish
 
 
-def choose(problem: ConvProblem, wish: Algorithm | None, platform: str) -> Algorithm:
-    """``wish`` where it can serve the problem, else the plan's choice; in parts where it needs them."""
+def choose(problem: ConvProblem, wish: Algorithm | None, platform: str, devices: int = 1) -> Algorithm:
+    """``wish`` where it can serve the problem, else the plan's choice; in parts where it needs them.
+
+    ``devices``: over how many XLA's partitioner may spread the arrays of the program."""
+    device = replace(calibrated(platform), devices=devices)
     if wish is not None and wish.why_not(problem) is None:
-        return within(wish, problem, calibrated(platform)) or wish
-    return plan(problem, platform).runner
+        found = _in_parts(wish, problem, device)
+        return wish if found is None else found[0]
+    return plan_given(problem, device, measured(problem, platform)).runner
 
 
 def _candidate(algorithm: Algorithm, problem: ConvProblem, device: Device) -> Candidate:
@@ -179,17 +183,32 @@ def _as_posed(algorithm: Algorithm, problem: ConvProblem, device: Device) -> Can
     refusal = way.why_not(problem)
     if refusal is not None:
         return Candidate(algorithm, None, None, refusal)
-    cost, runner = way.cost(_sized(problem), device), within(way, problem, device)
-    if runner is None or (runner is way and cost.workspace > device.workspace_limit):
+    sized = _sized(problem)
+    cost = way.cost(sized, device)
+    found = _in_parts(way, problem, device)
+    if found is None or (found[0] is way and cost.workspace > device.workspace_limit):
         sizes = (f"{size / MiB:.3g} MiB" for size in (cost.workspace, device.workspace_limit))
         limit = "needs {} of workspace, the limit is {}".format(*sizes)
-        return Candidate(algorithm, cost, _time_ns(cost, device), limit)
-    if isinstance(runner, InParts):
-        part, n = runner.cost(problem, device), runner.count
-        sliced = 2 * operand_bytes(runner.part(problem))
-        cost = replace(part, flops=part.flops * n, bytes=(part.bytes + sliced) * n, kernels=(part.kernels + 2) * n)
+        return Candidate(algorithm, cost, _time_ns(sized, cost, device), limit)
+    runner, cost = found
     refusal = _not_by_itself(algorithm, problem, cost)
-    return Candidate(algorithm, cost, _time_ns(cost, device), refusal, runner)
+    return Candidate(algorithm, cost, _time_ns(sized, cost, device), refusal, runner)
+
+
+def _in_parts(way: Algorithm, problem: ConvProblem, device: Device) -> tuple[Algorithm, Cost] | None:
+    """What runs, and its cost: ``way`` in as few parts as the limit admits or, where that is estimated to be faster, in
+    as many as let the temporaries of one stay in a cache. None if no split keeps to the limit."""
+    sized = _sized(problem)
+    ways = [within(way, problem, device, device.workspace_limit)]
+    if ways[0] is not None and device.cache and is_static(*problem.lhs_shape, *problem.rhs_shape):
+        limits = (limit for limit in (4 * device.cache, device.cache) if limit < device.workspace_limit)
+        ways += (within(way, problem, device, limit) for limit in limits)
+    found = [
+        (w, w.whole_cost(problem, device) if isinstance(w, InParts) else w.cost(sized, device))
+        for w in dict.fromkeys(ways)
+        if w is not None
+    ]
+    return min(found, key=lambda pair: _time_ns(sized, pair[1], device), default=None)
 
 
 def _manner(runner: Algorithm | None) -> str:
@@ -218,12 +237,17 @@ def _precisions(problem: ConvProblem) -> tuple[Any, ...]:
     return problem.precision if isinstance(problem.precision, tuple) else (problem.precision,)
 
 
-def _time_ns(cost: Cost, device: Device) -> int:
-    """Arithmetic at its unit's rate, then memory, then launches; threads divide the first two."""
+def _time_ns(problem: ConvProblem, cost: Cost, device: Device) -> int:
+    """Arithmetic at its unit's rate, then memory, then launches; threads divide the first two. What is moved beyond the
+    operands and the result are temporaries: if they stay in the cache, up to three times as fast."""
     rate = {"dot": device.dot, "conv": device.conv, "vector": device.vector, "fft": device.fft}[cost.unit]
     threads = min(device.threads, cost.threads or device.threads)
     arithmetic = 1000 * cost.flops // (rate * cost.efficiency * threads)
-    return arithmetic + cost.bytes // (device.bytes_per_ns * threads) + cost.kernels * device.launch_ns
+    moved, held, cache = cost.bytes, cost.workspace, device.cache
+    if cache:
+        once = min(moved, operand_bytes(problem))
+        moved = once + (moved - once) * (held + cache) // (held + 3 * cache)
+    return arithmetic + moved // (device.bytes_per_ns * threads) + cost.kernels * device.launch_ns
 
 
 def _with_measurement(candidate: Candidate, found: int | str | None) -> Candidate:

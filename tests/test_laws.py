@@ -309,11 +309,13 @@ def test_the_workspace_limit_splits():
     im2col = next(a for a in ALGORITHMS if a.name == "im2col")
     device = device_for("cpu")
     whole = im2col.cost(problem, device).workspace
-    for limit, images, bands in ((whole, 1, 1), (whole - 1, 5, 1), (whole // 6, 5, 2)):
-        runner = within(im2col, problem, replace(device, workspace_limit=limit))
+    for limit, images, bands in ((whole, 1, 1), (whole - 1, 5, 1), (whole // 6, 5, 3)):
+        runner = within(im2col, problem, device, limit)
         assert runner == (im2col if images * bands == 1 else InParts(im2col, images, bands))
         assert runner.cost(problem, device).workspace <= limit
-    assert within(im2col, problem, replace(device, workspace_limit=8)) is None
+    assert within(im2col, problem, device, 8) is None
+    spread = replace(device, devices=8)
+    assert within(im2col, problem, spread, whole // 8) == im2col and within(im2col, problem, spread, whole // 9) is None
 
 
 def test_a_kernel_gradient_left_to_xla_lies_channel_last():

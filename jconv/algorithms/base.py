@@ -183,6 +183,17 @@ def zeros_as(x: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
     return vary(jnp.zeros(shape, dtype), varying(x))
 
 
+def unfused(f: Callable[..., jax.Array], witness: jax.Array, *args: jax.Array) -> jax.Array:
+    """f(*args), fused with nothing, where XLA:CPU would compute f's parts once for each use, or a slice at a moving start
+    inside the loop that reads it, which is scalar then. It does not fuse across a conditional, and that this one is
+    always taken shows only when it runs, from the first element of ``witness``: an operand, no constant."""
+    first = lax.real(witness) if jnp.issubdtype(witness.dtype, jnp.complexfloating) else witness
+    first = lax.slice(first, (0,) * first.ndim, (1,) * first.ndim).reshape(())
+    true = (lax.bitcast_convert_type(first.astype(jnp.float32), jnp.int32) | 1) != 0
+    result = jax.eval_shape(f, *args)
+    return lax.cond(true, f, lambda *_: zeros_as(args[0], result.shape, result.dtype), *args)
+
+
 def unreversed(problem: ConvProblem, rhs: jax.Array) -> tuple[ConvProblem, jax.Array]:
     """The problem that reads its window from the start, and the kernel for it: for small kernels, a cheap copy."""
     if not problem.reversed:

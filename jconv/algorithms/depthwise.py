@@ -11,7 +11,7 @@ results that share them: two rows of the output, or two taps of a kernel gradien
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -31,6 +31,7 @@ from jconv.algorithms.base import (
     phases,
     refuse_unsized,
     summed,
+    unfused,
     unreversed,
     zeros_as,
 )
@@ -155,7 +156,7 @@ def _in_row_pairs(
     limit = _CACHED_WEIGHTS // len(taps) if feature_axis == x.ndim - 1 else channels
     width = next((c for c in range(min(limit, channels) // 16 * 16, 16, -16) if channels % c == 0), channels)
     if width == channels:
-        z = _apart(pair, x, w)
+        z = unfused(pair, x, x, w)
     else:
         z = lax.map(
             lambda at: pair(
@@ -167,15 +168,6 @@ def _in_row_pairs(
         z = z.reshape(*z.shape[:-2], channels)
     y = jnp.stack([z.real, z.imag], row_axis + 1)
     return y.reshape(*y.shape[:row_axis], -1, *y.shape[row_axis + 2 :])
-
-
-def _apart(f: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
-    """f(*args), fused with nothing: XLA would compute the real and the imaginary part each for itself. It does not fuse
-    across a conditional, and that this one is always taken shows only when it runs."""
-    first = lax.slice(args[0], (0,) * args[0].ndim, (1,) * args[0].ndim).reshape(())
-    true = (lax.bitcast_convert_type(first.astype(jnp.float32), jnp.int32) | 1) != 0
-    result = jax.eval_shape(f, *args)
-    return lax.cond(true, f, lambda *_: zeros_as(args[0], result.shape, result.dtype), *args)
 
 
 def _kernel_gradient(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:

@@ -65,7 +65,7 @@ class Phase:
             moved += out * _LANES // problem.rhs_shape[0]
         at_full_rate = sum(1000 * c.flops // c.efficiency for c in costs)
         return Cost(
-            flops, moved, out + max((c.workspace for c in costs), default=0),
+            flops, moved, out + kernels // 6 + max((c.workspace for c in costs), default=0),
             max(1, 1000 * flops // max(at_full_rate, 1)), costs[0].unit if costs else "dot",
             1 + sum(c.kernels for c in costs), max((c.threads for c in costs), default=0),
         )  # fmt: skip

@@ -7,7 +7,8 @@ one shape, so that the loop's body is compiled once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from jconv.adjoint import merge_axis
-from jconv.algorithms.base import Accuracy, Algorithm, Cost, zeros_as
+from jconv.algorithms.base import Accuracy, Algorithm, Cost, operand_bytes, unfused, zeros_as
 from jconv.device import Device
 from jconv.problem import ConvProblem, is_static
 
@@ -49,6 +50,18 @@ class InParts:
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
         return self.inner.cost(self.part(problem), device)
 
+    def whole_cost(self, problem: ConvProblem, device: Device) -> Cost:
+        """Of all parts together, but for the workspace, which is one part's."""
+        p, n, one, part = problem, self.count, self.cost(problem, device), self.part(problem)
+        cut = operand_bytes(part) - prod(p.output_shape if p.is_weight_gradient else p.rhs_shape) * p.dtype.itemsize
+        moved = (one.bytes + 2 * cut) * n
+        if self.bands > 1:
+            if self._reach(p) != (p.padding[0][0], p.lhs_shape[2]):
+                moved += 2 * prod(p.lhs_shape) * p.dtype.itemsize
+            if p.is_weight_gradient and self._rows(p) * self.bands != p.window[0]:
+                moved += 2 * prod(p.rhs_shape) * p.dtype.itemsize
+        return replace(one, flops=one.flops * n, bytes=moved, kernels=(one.kernels + 2) * n)
+
     def part(self, problem: ConvProblem) -> ConvProblem:
         """The problem of one part."""
         p = problem
@@ -75,18 +88,23 @@ class InParts:
         part = self.part(problem)
         lhs_spec, rhs_spec, out_spec = problem.layout
         image_axis, row_axis = lhs_spec[1 if problem.is_weight_gradient else 0], lhs_spec[2]
-        rows, step = self._rows(problem), problem.rhs_dilation[0] if problem.is_weight_gradient else problem.strides[0]
+        rows, step = self._rows(problem), self._step(problem)
+        witness = lhs
         if self.bands > 1:
-            reach = part.lhs_shape[2] + (self.bands - 1) * rows * step
-            low = problem.padding[0][0]
+            low, reach = self._reach(problem)
             lhs = _padded(lhs, row_axis, low, reach - problem.lhs_shape[2] - low)
         sizes = [part.lhs_shape[lhs_spec.index(axis)] for axis in range(lhs.ndim)]
+
+        def cut(x: jax.Array, start: list[Any], sizes: list[int]) -> jax.Array:
+            if self.bands == 1:
+                return lax.dynamic_slice(x, start, sizes)
+            return unfused(lambda x, *start: lax.dynamic_slice(x, start, sizes), witness, x, *map(jnp.asarray, start))
 
         def slice_of_lhs(i: jax.Array) -> jax.Array:
             start: list[Any] = [0] * lhs.ndim
             start[image_axis] = i // self.bands * sizes[image_axis]
             start[row_axis] = i % self.bands * (rows * step)
-            return lax.dynamic_slice(lhs, start, sizes)
+            return cut(lhs, start, sizes)
 
         if not problem.is_weight_gradient:
             out = lax.map(lambda i: self.inner.run(part, slice_of_lhs(i), rhs), jnp.arange(self.count))
@@ -105,45 +123,63 @@ class InParts:
             start: list[Any] = [0] * rhs.ndim
             start[in_axis] = i // self.bands * kernel_sizes[in_axis]
             start[window_axis] = i % self.bands * rows
-            return total + self.inner.run(part, slice_of_lhs(i), lax.dynamic_slice(rhs, start, kernel_sizes))
+            return total + self.inner.run(part, slice_of_lhs(i), cut(rhs, start, kernel_sizes))
 
         total = lax.fori_loop(0, self.count, add, zeros_as(lhs, problem.physical_output_shape, part.out_dtype))
         return total.astype(problem.out_dtype)
+
+    def _step(self, problem: ConvProblem) -> int:
+        """Rows of lhs between one row of a band and the next."""
+        return problem.rhs_dilation[0] if problem.is_weight_gradient else problem.strides[0]
+
+    def _reach(self, problem: ConvProblem) -> tuple[int, int]:
+        """The rows before lhs that the bands read, and all that they read."""
+        rows = self.part(problem).lhs_shape[2] + (self.bands - 1) * self._rows(problem) * self._step(problem)
+        return problem.padding[0][0], rows
 
     def _rows(self, problem: ConvProblem) -> int:
         whole = problem.window[0] if problem.is_weight_gradient else problem.output_shape[2]
         return -(-whole // self.bands)
 
 
-def within(algorithm: Algorithm, problem: ConvProblem, device: Device) -> Algorithm | None:
-    """``algorithm``, in as few parts as keep its workspace under the device's limit; None if no split does.
+def within(algorithm: Algorithm, problem: ConvProblem, device: Device, limit: int) -> Algorithm | None:
+    """``algorithm``, in as few parts as keep its workspace at ``limit`` bytes a device or below; None if no split does.
 
-    What has symbolic sizes is left whole: a loop needs the number of its turns."""
+    What has symbolic sizes is left whole: a loop needs the number of its turns. Over several devices there are no
+    parts: a loop over images or rows would gather, on each of them, an array that is spread."""
     if not is_static(*problem.lhs_shape, *problem.rhs_shape):
         return algorithm
-    limit, workspace = device.workspace_limit, algorithm.cost(problem, device).workspace
+    limit *= device.devices
+    workspace = algorithm.cost(problem, device).workspace
     if workspace <= limit:
         return algorithm
+    if device.devices > 1:
+        return None
     p = problem
     images = p.lhs_shape[1] if p.is_weight_gradient else p.lhs_shape[0]
     divisible = p.feature_groups == 1 if p.is_weight_gradient else p.batch_groups == 1
     if not divisible:
         return None
+
+    def fits(split: InParts) -> bool:
+        part = split.part(p)
+        return algorithm.why_not(part) is None and algorithm.cost(part, device).workspace <= limit
+
     for parts in range(-(-workspace // limit), images):
-        if images % parts == 0:
-            split = InParts(algorithm, parts, 1)
-            if split.why_not(p) is None and split.cost(p, device).workspace <= limit:
-                return split
+        if images % parts == 0 and fits(split := InParts(algorithm, parts, 1)):
+            return split
     if p.spatial_rank == 0 or p.lhs_dilation[0] > 1:
         return None
     rows = p.window[0] if p.is_weight_gradient else p.output_shape[2]
     one = InParts(algorithm, images, 1)
     if one.why_not(p) is not None:
         return None
-    for bands in range(max(1, -(-one.cost(p, device).workspace // limit)), min(rows, _MOST_BANDS) + 1):
-        split = InParts(algorithm, images, bands)
-        if split.why_not(p) is None and split.cost(p, device).workspace <= limit:
-            return split
+    fewest = max(1, -(-one.cost(p, device).workspace // limit))
+    for bands in range(fewest, min(rows, _MOST_BANDS) + 1):
+        if fits(InParts(algorithm, images, bands)):
+            # A few more, if they leave nothing over: rows that are filled up are copied and computed, too.
+            even = next((n for n in range(bands, bands * 3 // 2 + 1) if rows % n == 0), bands)
+            return InParts(algorithm, images, even)
     return None
 
 

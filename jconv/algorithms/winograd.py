@@ -102,10 +102,11 @@ class Winograd:
         efficiency = 950
         if problem.is_weight_gradient:
             efficiency = 750 if max(features, out) >= 2 * min(features, out) else 550
+        half = 32 if problem.is_weight_gradient else 24
         for width in (features, out):
-            efficiency = efficiency * width**2 // (width**2 + 24**2)
+            efficiency = efficiency * width**2 // (width**2 + half**2)
         flops = 2 * components * rows * features * out * other
-        moved = operand_bytes(problem) + 5 * stored // 4
+        moved = operand_bytes(problem) + 7 * stored // 4
         if other > 1 and not problem.is_weight_gradient:  # products of the other axis's taps are written and added up
             moved += 3 * other * components * rows * out * problem.dtype.itemsize
             efficiency = efficiency * (1 if problem.reversed else 3) // (2 if problem.reversed else 4)

@@ -27,9 +27,10 @@ from jconv.problem import ConvProblem, Layout
 class Xla:
     """``jax.lax.conv_general_dilated``: cuDNN on GPU, the matrix units on TPU, YNNPACK or Eigen on CPU.
 
-    With ``channel_last`` the operands are transposed to (batch, *spatial, features) and (*window, in, out) first. At the
-    top of a program XLA:CPU does that by itself; inside a loop it does not, and a kernel gradient, which never lies
-    so, then runs 100 times slower."""
+    With ``channel_last`` it is called as XLA:CPU does it fastest. The operands are transposed to (batch, *spatial,
+    features) and (*window, in, out) first: at the top of a program XLA:CPU does that by itself; inside a loop it does
+    not, and a kernel gradient, which never lies so, then runs 100 times slower. And a convolution of images without
+    padding gets one row of it, which is cut off the result: without any, XLA:CPU runs up to five times slower."""
 
     name: str = "xla"
     accuracy: Accuracy = "direct"
@@ -45,11 +46,16 @@ class Xla:
         efficiency = max(1, _cpu_efficiency(problem) // _slower(problem.dtype))
         kernels = 2 if self.channel_last else 1 if problem.layout == _channel_last(problem) else 3
         flops = 2 * problem.macs // (prod(problem.lhs_dilation) if _skips_holes(problem) else 1)
-        moved = operand_bytes(problem)
-        kernel = prod(problem.rhs_shape) * problem.dtype.itemsize
-        if problem.is_weight_gradient and problem.lhs_shape[0] < _FEW and kernel > _CACHE:
-            moved += prod(problem.output_shape[2:]) * kernel  # the cotangent is read again for each tap
-        return Cost(flops, moved, 0, efficiency, "conv", kernels, threads)
+        moved, held = operand_bytes(problem), 0
+        if problem.is_weight_gradient and problem.groups == 1:
+            moved += _passes(problem)
+            held = (prod(problem.lhs_shape) + prod(problem.rhs_shape)) * problem.dtype.itemsize  # both transposed
+        if _is_bare(problem):
+            if self.channel_last:
+                moved, kernels = moved + 2 * prod(problem.output_shape) * problem.out_dtype.itemsize, kernels + 1
+            else:
+                moved += _reread(problem)
+        return Cost(flops, moved, held if self.channel_last else 0, efficiency, "conv", kernels, threads)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         if problem.is_empty:
@@ -61,8 +67,11 @@ class Xla:
         if not self.channel_last:
             return lax_convolution(problem, lhs, rhs)
         lhs, rhs = channel_last(problem, lhs, rhs)
-        out = lax_convolution(problem.replace(layout=_channel_last(problem)), lhs, rhs)
-        return from_channel_last(problem, out)
+        laid = problem.replace(layout=_channel_last(problem))
+        if not _is_bare(problem):
+            return from_channel_last(problem, lax_convolution(laid, lhs, rhs))
+        out = lax_convolution(laid.replace(padding=((0, problem.strides[0]), (0, 0))), lhs, rhs)
+        return from_channel_last(problem, lax.slice_in_dim(out, 0, problem.output_shape[2], axis=1))
 
 
 def _cropped(problem: ConvProblem, lhs: jax.Array) -> tuple[ConvProblem, jax.Array]:
@@ -92,9 +101,35 @@ def _channel_last(problem: ConvProblem) -> Layout:
     return Layout(image, (n + 1, n, *range(n)), image)
 
 
+def _is_bare(problem: ConvProblem) -> bool:
+    """True for what XLA:CPU runs slowly for want of padding (measured: float32, one group, two axes, several taps)."""
+    p = problem
+    padded = any(side for pair in p.padding for side in pair) or any(d > 1 for d in p.lhs_dilation)
+    dense = p.dtype == np.float32 and p.spatial_rank == 2 and p.groups == 1
+    return dense and not (padded or p.is_pointwise or p.is_weight_gradient)
+
+
+def _passes(problem: ConvProblem) -> int:
+    """Bytes of the cotangent, the window of a kernel gradient, that leave the caches between rows of the result, each of
+    which reads all of it: from main memory, or from the last cache if it fits there."""
+    window = prod(problem.rhs_shape) * problem.dtype.itemsize
+    passes = prod(problem.output_shape[2:]) * -(-problem.lhs_shape[0] // _ROWS)
+    return passes * window if window > _CACHE else passes * window // _SHARE * window // (window + 2 * MiB)
+
+
+def _reread(problem: ConvProblem) -> int:
+    """What a bare convolution costs more, in bytes: it gathers each window again, slowly where lhs leaves the cache."""
+    lhs = prod(problem.lhs_shape) * problem.dtype.itemsize
+    if problem.lhs_shape[1] >= _GATHERED:
+        return 3 * prod(problem.window) * lhs
+    return prod(problem.window) * lhs if lhs <= _CACHE // 8 else 0
+
+
 _LANES = 16
+_ROWS, _SHARE = 8, 4  # features whose rows are read together; how much faster the last cache is than memory
 _FEW = 8  # input features of a first layer
 _CACHE = 32 * MiB
+_GATHERED = 24  # input features from which a window's rows are gathered
 _SERIAL = 96  # output features up to which XLA:CPU's convolution runs on one thread
 
 
