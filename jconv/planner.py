@@ -156,7 +156,7 @@ def choose(problem: ConvProblem, wish: Algorithm | None, platform: str, devices:
     ``devices``: over how many XLA's partitioner may spread the arrays of the program."""
     device = replace(calibrated(platform), devices=devices)
     if wish is not None and wish.why_not(problem) is None:
-        found = _in_parts(wish, problem, device)
+        found = None if isinstance(wish, Exchanged | InParts | Widened) else _in_parts(wish, problem, device)
         return wish if found is None else found[0]
     return plan_given(problem, device, measured(problem, platform)).runner
 

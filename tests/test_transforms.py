@@ -374,6 +374,25 @@ def test_automatic_partitioning(algorithm, groups, spec):
     check(jax.jit(f)(xs, w), jax.jit(grad_of(partitioned(lax.conv_general_dilated, groups)))(x, w))
 
 
+def test_a_batch_that_is_spread_is_not_gathered():
+    """What runs in parts on one device runs whole over several: a loop would gather the batch on each of them."""
+    x, w = jnp.ones((8, 112, 112, 64)), jnp.ones((3, 3, 64, 64))
+    xs = jax.device_put(x, NamedSharding(mesh(), P(("a", "b"))))
+
+    def f(x, w):
+        return jconv.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def collectives(f, *args):
+        text = jax.jit(f).lower(*args).compile().as_text()
+        return {word for word in ("while", "all-gather", "all-to-all", "collective-permute") if f" {word}(" in text}
+
+    inside = jax.shard_map(f, mesh=mesh(), in_specs=(P(("a", "b")), P()), out_specs=P(("a", "b")))
+    assert collectives(f, x, w) == {"while"}
+    assert collectives(f, xs, w) == set()
+    assert collectives(jax.grad(lambda x, w: jnp.sum(f(x, w) ** 2), argnums=(0, 1)), xs, w) == set()
+    assert not collectives(inside, xs, w) - {"while"}
+
+
 @pytest.mark.parametrize("autodiff", ("primitive", "custom_vjp"))
 @pytest.mark.parametrize("algorithm,groups", ALGORITHM_AND_GROUPS)
 def test_explicit_mesh(algorithm, groups, autodiff):

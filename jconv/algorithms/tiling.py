@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from jconv.adjoint import merge_axis
-from jconv.algorithms.base import Accuracy, Algorithm, Cost, operand_bytes, unfused, zeros_as
+from jconv.algorithms.base import Accuracy, Algorithm, Cost, unfused, zeros_as
 from jconv.device import Device
 from jconv.problem import ConvProblem, is_static
 
@@ -45,6 +45,9 @@ class InParts:
         return self.images * self.bands
 
     def why_not(self, problem: ConvProblem) -> str | None:
+        batch = problem.lhs_shape[1 if problem.is_weight_gradient else 0]
+        if not is_static(batch) or batch % self.images:
+            return f"needs a batch that {self.images} divides, got {batch}"
         return self.inner.why_not(self.part(problem))
 
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
@@ -53,8 +56,8 @@ class InParts:
     def whole_cost(self, problem: ConvProblem, device: Device) -> Cost:
         """Of all parts together, but for the workspace, which is one part's."""
         p, n, one, part = problem, self.count, self.cost(problem, device), self.part(problem)
-        cut = operand_bytes(part) - prod(p.output_shape if p.is_weight_gradient else p.rhs_shape) * p.dtype.itemsize
-        moved = (one.bytes + 2 * cut) * n
+        copied = 2 * prod(part.rhs_shape) if p.is_weight_gradient else prod(part.output_shape)
+        moved = (one.bytes + (2 * prod(part.lhs_shape) + copied) * p.dtype.itemsize) * n
         if self.bands > 1:
             if self._reach(p) != (p.padding[0][0], p.lhs_shape[2]):
                 moved += 2 * prod(p.lhs_shape) * p.dtype.itemsize

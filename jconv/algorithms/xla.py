@@ -114,7 +114,7 @@ def _passes(problem: ConvProblem) -> int:
     which reads all of it: from main memory, or from the last cache if it fits there."""
     window = prod(problem.rhs_shape) * problem.dtype.itemsize
     passes = prod(problem.output_shape[2:]) * -(-problem.lhs_shape[0] // _ROWS)
-    return passes * window if window > _CACHE else passes * window // _SHARE * window // (window + 2 * MiB)
+    return passes * window if window > _CACHE else passes * window // _SHARE * window // (window + 4 * MiB)
 
 
 def _reread(problem: ConvProblem) -> int:
@@ -126,7 +126,7 @@ def _reread(problem: ConvProblem) -> int:
 
 
 _LANES = 16
-_ROWS, _SHARE = 8, 4  # features whose rows are read together; how much faster the last cache is than memory
+_ROWS, _SHARE = 8, 2  # features whose rows are read together; how much faster the last cache is than memory
 _FEW = 8  # input features of a first layer
 _CACHE = 32 * MiB
 _GATHERED = 24  # input features from which a window's rows are gathered
