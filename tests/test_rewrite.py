@@ -1002,7 +1002,10 @@ def test_linen_train_step():
     params, stats = variables["params"], variables["batch_stats"]
     assert swapped(step, params, stats, optimizer.init(params), jax.random.key(0), x)
     apply = jconv.accelerate(net.apply, static_argnames="train")
-    check(apply(variables, x, train=False), net.apply(variables, x, False))
+    stock = jax.jit(
+        net.apply, static_argnames="train"
+    )  # not eager: BatchNorm's float32 root is another there on some CPUs
+    check(apply(variables, x, train=False), stock(variables, x, train=False))
 
 
 # The whole process.
@@ -1108,7 +1111,7 @@ def test_algorithms_made_of_lax_convolutions(algorithm, how, clean, monkeypatch)
     def f(implementation, **options):
         return lambda x, w: implementation(x, w, (1,) * n, [(1, 1)] * n, **geometry, **options)
 
-    def choose(problem, _, platform):
+    def choose(problem, _, platform, devices=1):
         asked.append(problem)
         return wish if wish.why_not(problem) is None else named("xla")
 
