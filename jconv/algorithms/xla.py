@@ -120,7 +120,7 @@ def _passes(problem: ConvProblem) -> int:
 def _reread(problem: ConvProblem) -> int:
     """What a bare convolution costs more, in bytes: it gathers each window again, slowly where lhs leaves the cache."""
     lhs = prod(problem.lhs_shape) * problem.dtype.itemsize
-    if problem.lhs_shape[1] >= _GATHERED:
+    if prod(problem.rhs_shape[1:]) >= _GATHERED:
         return 3 * prod(problem.window) * lhs
     return prod(problem.window) * lhs if lhs <= _CACHE // 8 else 0
 
@@ -129,7 +129,7 @@ _LANES = 16
 _ROWS, _SHARE = 8, 2  # features whose rows are read together; how much faster the last cache is than memory
 _FEW = 8  # input features of a first layer
 _CACHE = 32 * MiB
-_GATHERED = 24  # input features from which a window's rows are gathered
+_GATHERED = 200  # products of an output from which its window is gathered
 _SERIAL = 96  # output features up to which XLA:CPU's convolution runs on one thread
 
 
@@ -166,7 +166,7 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
         if problem.spatial_rank == 1:
             vectors = vectors * 3 // 2
         unoptimised = 5 if problem.spatial_rank == 3 else 3 if problem.output_shape[-1] == 1 else 1
-        return vectors * (work + 150) // (work + 1600) * rows // (rows + 48) // unoptimised + 1
+        return vectors * (work + 300) // (work + 1600) * rows // (rows + 48) // unoptimised + 1
     if problem.is_pointwise:
         return 850 * depth // (depth + 24) * out // (out + 8) // (2 if any(s > 1 for s in problem.strides) else 1) + 1
     work = (out * depth) ** 2
@@ -176,7 +176,7 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
     if problem.spatial_rank == 3:
         features = problem.rhs_shape[1]
         return 750 * out // (out + 64) * features // (features + 16) + 1
-    efficiency = (400 if problem.spatial_rank == 1 else 950) * work // (work + 1800**2) + 1
+    efficiency = 950 * work // (work + 1800**2) + 1
     return efficiency if out >= _LANES else efficiency * (out + 10) // (_LANES + 10) + 1
 
 
