@@ -48,7 +48,7 @@ class Xla:
         flops = 2 * problem.macs // (prod(problem.lhs_dilation) if _skips_holes(problem) else 1)
         moved, held = operand_bytes(problem), 0
         if problem.is_weight_gradient and problem.groups == 1:
-            moved += _passes(problem)
+            moved += (1 if self.channel_last else 3) * _passes(problem)  # whole, they stay in no cache
             held = (prod(problem.lhs_shape) + prod(problem.rhs_shape)) * problem.dtype.itemsize  # both transposed
         if _is_bare(problem):
             if self.channel_last:
@@ -119,17 +119,18 @@ def _passes(problem: ConvProblem) -> int:
 
 def _reread(problem: ConvProblem) -> int:
     """What a bare convolution costs more, in bytes: it gathers each window again, slowly where lhs leaves the cache."""
-    lhs = prod(problem.lhs_shape) * problem.dtype.itemsize
+    gathered = prod(problem.window) * prod(problem.lhs_shape) * problem.dtype.itemsize
     if prod(problem.rhs_shape[1:]) >= _GATHERED:
-        return 3 * prod(problem.window) * lhs
-    return prod(problem.window) * lhs if lhs <= _CACHE // 8 else 0
+        return 3 * gathered
+    return gathered if problem.lhs_shape[1] >= _LANES and prod(problem.lhs_shape) <= _SMALL else 0
 
 
 _LANES = 16
 _ROWS, _SHARE = 8, 2  # features whose rows are read together; how much faster the last cache is than memory
 _FEW = 8  # input features of a first layer
 _CACHE = 32 * MiB
-_GATHERED = 200  # products of an output from which its window is gathered
+_GATHERED = 200  # products of an output from which its window is gathered slowly
+_SMALL = 1 << 20  # elements of lhs up to which it is gathered at all, with fewer
 _SERIAL = 96  # output features up to which XLA:CPU's convolution runs on one thread
 
 
@@ -157,7 +158,8 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
         if taps == 1:
             return 150
         work = out * taps * problem.lhs_shape[0]
-        vectors = 50 + (650 * (out // _LANES * _LANES) // out if out >= _LANES else 40 * out)
+        full, rest = out // _LANES * _LANES, out % _LANES
+        vectors = 50 + 650 * full // (full + _LANES * rest)  # the rest one by one
         rows = prod(problem.rhs_shape[1:])
         if problem.lhs_shape[0] < _FEW and min(problem.rhs_dilation, default=1) > 2:
             vectors //= 3
