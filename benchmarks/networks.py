@@ -680,7 +680,7 @@ def measure(timer: timing.Timer, network: Network, mode: str, batch: int, torch_
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, choices=(1, 2), help="by default 1, then 2 in a process of its own")
-    parser.add_argument("--only", default="", help="a regular expression that 'NAME, MODE' must match")
+    parser.add_argument("--only", default="", help="a regular expression that 'NAME MODE' must match")
     parser.add_argument("--size", type=int, help="the input's spatial size, instead of the network's own")
     parser.add_argument("--batch", type=int, help="the only batch, instead of the network's own")
     parser.add_argument("--runs", type=int, default=7, help="interleaved samples of each contender")
