@@ -27,6 +27,7 @@ from jconv.problem import ConvProblem, Layout
 
 _IMAGES = Layout((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # NHWC, HWIO
 _GRADIENTS = Layout((3, 0, 1, 2), (3, 0, 1, 2), (2, 3, 0, 1))
+_MANY = 8  # features that XLA:CPU's convolution sums over at full speed
 _FEW = 4  # input features up to which the depth's taps become features of one convolution
 
 
@@ -58,8 +59,11 @@ class Volume:
         one = self.inner.cost(part, device)
         copied = 2 * prod(part.lhs_shape) * problem.dtype.itemsize
         summed = 0 if problem.is_weight_gradient else 2 * prod(problem.output_shape) * problem.out_dtype.itemsize
+        efficiency = one.efficiency
+        if problem.is_weight_gradient:  # whose slices are what is summed over, as features
+            efficiency = efficiency * min(part.rhs_shape[1], _MANY) // _MANY + 1
         return Cost(
-            taps * one.flops, taps * (one.bytes + copied + summed), copied + summed + one.workspace, one.efficiency,
+            taps * one.flops, taps * (one.bytes + copied + summed), copied + summed + one.workspace, efficiency,
             one.unit, taps * (one.kernels + 2), one.threads,
         )  # fmt: skip
 
