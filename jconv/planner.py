@@ -186,10 +186,11 @@ def _as_posed(algorithm: Algorithm, problem: ConvProblem, device: Device) -> Can
     sized = _sized(problem)
     cost = way.cost(sized, device)
     found = _in_parts(way, problem, device)
-    if found is None or (found[0] is way and cost.workspace > device.workspace_limit):
-        sizes = (f"{size / MiB:.3g} MiB" for size in (cost.workspace, device.workspace_limit))
-        limit = "needs {} of workspace, the limit is {}".format(*sizes)
-        return Candidate(algorithm, cost, _time_ns(sized, cost, device), limit)
+    limit = device.devices * device.workspace_limit
+    if found is None or (found[0] is way and cost.workspace > limit):
+        sizes = (f"{size / MiB:.3g} MiB" for size in (cost.workspace, limit))
+        refusal = "needs {} of workspace, the limit is {}".format(*sizes)
+        return Candidate(algorithm, cost, _time_ns(sized, cost, device), refusal)
     runner, cost = found
     refusal = _not_by_itself(algorithm, problem, cost)
     return Candidate(algorithm, cost, _time_ns(sized, cost, device), refusal, runner)

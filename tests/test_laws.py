@@ -303,28 +303,23 @@ def test_in_parts(case, algorithm, split):
     assert_close(actual, reference.convolve(problem, lhs, rhs), algorithm.name, np.float32, factor=2)
 
 
+@pytest.mark.parametrize("gradient", (False, True))
 @pytest.mark.parametrize("dtype", (np.int32, bfloat16, np.float64, np.complex64), ids=name_of)
-def test_bands_of_any_dtype(dtype):
+def test_bands_of_any_dtype(dtype, gradient):
     """A band is cut out inside a conditional, whose witness is an operand of any kind."""
     im2col = next(a for a in ALGORITHMS if a.name == "im2col")
-    for case in (c for c in CASES if c.name == "dense_2d:batch_5"):
-        for problem in (case.problem(dtype), weight_problem(case.problem(dtype))):
-            lhs, rhs = (
-                np.asarray(np.random.default_rng(0).integers(-4, 5, shape)).astype(dtype)
-                for shape in (
-                    _laid(problem.lhs_shape, problem.layout.lhs_spec),
-                    _laid(problem.rhs_shape, problem.layout.rhs_spec),
-                )
-            )
-            split = InParts(im2col, 1, 3)
-            actual = jax.jit(lambda lhs, rhs, p=problem, s=split: s.run(p, lhs, rhs))(lhs, rhs)
-            np.testing.assert_array_equal(
-                actual, jax.jit(lambda lhs, rhs, p=problem: im2col.run(p, lhs, rhs))(lhs, rhs)
-            )
-
-
-def _laid(shape, spec):
-    return tuple(shape[spec.index(axis)] for axis in range(len(spec)))
+    problem = next(c for c in CASES if c.name == "dense_2d:batch_5").problem(dtype)
+    problem = weight_problem(problem) if gradient else problem
+    rng, layout = np.random.default_rng(0), problem.layout
+    lhs, rhs = (
+        rng.integers(-4, 5, [shape[spec.index(axis)] for axis in range(len(spec))]).astype(dtype)
+        for shape, spec in ((problem.lhs_shape, layout.lhs_spec), (problem.rhs_shape, layout.rhs_spec))
+    )
+    in_bands, whole = (
+        jax.jit(lambda lhs, rhs, run=run: run(problem, lhs, rhs))(lhs, rhs)
+        for run in (InParts(im2col, 1, 3).run, im2col.run)
+    )
+    np.testing.assert_array_equal(in_bands, whole)
 
 
 @pytest.mark.parametrize("layout", (("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")))
@@ -377,6 +372,16 @@ def test_parts_that_fit_the_cache():
             runner = next(c.runner for c in of.candidates if c.algorithm.name == algorithm)
             counts[bool(cache)] = getattr(runner, "count", 1)
         assert counts[False] < counts[True], algorithm
+
+
+def test_devices_share_the_workspace():
+    """What a partitioner spreads over eight devices may take eight times the limit, whole; on one it needs parts."""
+    problem, device = _problem((8, 112, 112, 64), (3, 3, 64, 64)), replace(device_for("cpu"), threads=1)
+    for devices in (1, 8):
+        of = plan_given(problem, replace(device, devices=devices), ())
+        winograd = next(c for c in of.candidates if c.algorithm.name == "winograd")
+        assert winograd.refusal is None
+        assert isinstance(winograd.runner, InParts) == (devices == 1)
 
 
 def test_a_kernel_gradient_left_to_xla_lies_channel_last():

@@ -1002,9 +1002,8 @@ def test_linen_train_step():
     params, stats = variables["params"], variables["batch_stats"]
     assert swapped(step, params, stats, optimizer.init(params), jax.random.key(0), x)
     apply = jconv.accelerate(net.apply, static_argnames="train")
-    stock = jax.jit(
-        net.apply, static_argnames="train"
-    )  # not eager: BatchNorm's float32 root is another there on some CPUs
+    # Jitted like ours: on some CPUs BatchNorm's float32 root is another one eagerly.
+    stock = jax.jit(net.apply, static_argnames="train")
     check(apply(variables, x, train=False), stock(variables, x, train=False))
 
 

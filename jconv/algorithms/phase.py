@@ -59,13 +59,13 @@ class Phase:
         costs = [self.inner.cost(part, device) for part in _parts(problem)]
         flops = sum(c.flops for c in costs)
         out = 2 * prod(problem.output_shape) * problem.out_dtype.itemsize
-        kernels = 6 * prod(problem.rhs_shape) * problem.dtype.itemsize  # every so many taps, copied and transposed
-        moved = operand_bytes(problem) + sum(c.bytes for c in costs) + out + kernels
+        kernels = prod(problem.rhs_shape) * problem.dtype.itemsize  # every so many taps, copied and transposed
+        moved = operand_bytes(problem) + sum(c.bytes for c in costs) + out + 6 * kernels
         if problem.rhs_shape[0] < _LANES:
             moved += out * _LANES // problem.rhs_shape[0]
         at_full_rate = sum(1000 * c.flops // c.efficiency for c in costs)
         return Cost(
-            flops, moved, out + kernels // 6 + max((c.workspace for c in costs), default=0),
+            flops, moved, out + kernels + max((c.workspace for c in costs), default=0),
             max(1, 1000 * flops // max(at_full_rate, 1)), costs[0].unit if costs else "dot",
             1 + sum(c.kernels for c in costs), max((c.threads for c in costs), default=0),
         )  # fmt: skip
