@@ -345,6 +345,25 @@ def test_channel_last_pads_what_has_no_padding(strides, dilation, layout):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("features,written_out", ((16, True), (17, False)))
+@pytest.mark.parametrize("padding", (((1, 1), (1, 1)), ((2, 0), (0, 3)), ((-1, 2), (1, 0))))
+def test_channel_last_writes_out_the_padding_of_narrow_kernel_gradients(features, written_out, padding):
+    """XLA:CPU runs those of few images to at most 16 features up to eight times slower else."""
+    channel_last = next(a for a in ALGORITHMS if a.name == "channel_last")
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 9, 10, 5)).astype(np.float32)
+    forward = jconv.ConvProblem.of(
+        x, np.zeros((3, 3, 5, features), np.float32), (1, 2), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    g = rng.standard_normal(forward.physical_output_shape).astype(np.float32)
+    gradient = weight_problem(forward)
+    for problem in (gradient, gradient.replace(reversed=True)):
+        program = jax.jit(lambda lhs, rhs, problem=problem: channel_last.run(problem, lhs, rhs))
+        assert_close(program(x, g), reference.convolve(problem, x, g), "channel_last", np.float32)
+        padded = "stablehlo.pad" in program.lower(x, g).as_text()
+        assert padded == written_out
+
+
 def test_the_workspace_limit_splits():
     """An algorithm works in as few parts as its limit asks for, and a plan says so."""
     problem = next(c for c in CASES if c.name == "dense_2d:batch_5").problem()
