@@ -203,7 +203,10 @@ def _in_parts(way: Algorithm, problem: ConvProblem, device: Device) -> tuple[Alg
     ways = [within(way, problem, device, device.workspace_limit)]
     if ways[0] is not None and device.cache and is_static(*problem.lhs_shape, *problem.rhs_shape):
         limits = (limit for limit in (4 * device.cache, device.cache) if limit < device.workspace_limit)
-        ways += (within(way, problem, device, limit) for limit in limits)
+        bands = (
+            problem.batch_groups == 1 or sized.output_shape[0] > 1
+        )  # depthwise kernel gradients gain nothing by them
+        ways += (within(way, problem, device, limit, bands=bands) for limit in limits)
     found = [
         (w, w.whole_cost(problem, device) if isinstance(w, InParts) else w.cost(sized, device))
         for w in dict.fromkeys(ways)

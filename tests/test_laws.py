@@ -14,6 +14,7 @@ from tolerances import TOLERANCES, assert_close, bfloat16
 import jconv
 from jconv import ALGORITHMS
 from jconv.adjoint import input_problem, weight_problem
+from jconv.algorithms.base import inverse
 from jconv.algorithms.exchanged import Exchanged, exchanged, worth_exchanging
 from jconv.algorithms.tiling import InParts, within
 from jconv.algorithms.widened import Widened
@@ -391,6 +392,29 @@ def test_parts_that_fit_the_cache():
             runner = next(c.runner for c in of.candidates if c.algorithm.name == algorithm)
             counts[bool(cache)] = getattr(runner, "count", 1)
         assert counts[False] < counts[True], algorithm
+
+
+def test_depthwise_kernel_gradients_take_images_by_themselves():
+    """Where those of one image stay in the cache that those of all leave, and where none of it would be spread."""
+    small, large = (_problem((8, n, n, 192), (3, 3, 1, 192), groups=192) for n in (28, 112))
+    device = replace(device_for("cpu"), threads=1, workspace_limit=1 << 30)
+    for problem, devices, images in ((small, 1, 8), (small, 8, 1), (large, 1, 1)):
+        of = plan_given(weight_problem(problem), replace(device, devices=devices), ())
+        assert of.algorithm.name == "depthwise"
+        assert (getattr(of.runner, "images", 1), getattr(of.runner, "bands", 1)) == (images, 1)
+
+
+def test_depthwise_lays_out_no_holes():
+    """The workspace of a strided input gradient is the cotangent with its padding, and XLA's temporaries agree."""
+    problem = input_problem(_problem((4, 32, 32, 16), (3, 3, 1, 16), (2, 2), groups=16))
+    depthwise = next(a for a in ALGORITHMS if a.name == "depthwise")
+    operands = (
+        jax.ShapeDtypeStruct(tuple(shape[i] for i in inverse(spec)), np.float32)
+        for shape, spec in ((problem.lhs_shape, problem.layout.lhs_spec), (problem.rhs_shape, problem.layout.rhs_spec))
+    )
+    program = jax.jit(lambda lhs, rhs: depthwise.run(problem, lhs, rhs)).lower(*operands).compile()
+    counted = depthwise.cost(problem, device_for("cpu")).workspace
+    assert program.memory_analysis().temp_size_in_bytes <= 1.1 * counted
 
 
 def test_devices_share_the_workspace():

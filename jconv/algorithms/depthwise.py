@@ -71,11 +71,20 @@ class Depthwise:
         return refusal
 
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
-        padded = prod(problem.lhs_shape[:2]) * prod(problem.padded) * accumulator(problem).itemsize
-        taps, gradient = prod(_window(problem)), problem.batch_groups > 1
-        flops = 2 * problem.macs // (1 if gradient else prod(problem.lhs_dilation))
-        efficiency = 300 if gradient else min(1000, 400 + 10 * taps) if taps <= _UNSPILLED else 140
-        return Cost(flops, operand_bytes(problem), padded, efficiency, "vector", 3 + (taps // 2 if gradient else 0))
+        spatial = (-(-n // d) for n, d in zip(problem.padded, problem.lhs_dilation, strict=True))  # holes are skipped
+        size = accumulator(problem).itemsize
+        held = prod(problem.lhs_shape[:2]) * prod(spatial) * size
+        taps = prod(_window(problem))
+        if problem.batch_groups == 1:
+            flops = 2 * problem.macs // prod(problem.lhs_dilation)
+            efficiency = min(1000, 400 + 10 * taps) if taps <= _UNSPILLED else 140
+            return Cost(flops, operand_bytes(problem), held, efficiency, "vector", 3)
+        efficiency, reread = 300, (prod(problem.lhs_shape) + prod(problem.rhs_shape)) * size
+        if taps < _TAPS_OF_PAIRS:  # else it works in chunks that stay in a cache
+            efficiency = 300 if reread <= device.cache or not device.cache else 120
+            # So that the planner takes images by themselves; over several devices there are no parts to be had.
+            held = max(held, reread) if problem.rhs_shape[1] > 1 and device.devices == 1 else held
+        return Cost(2 * problem.macs, operand_bytes(problem), held, efficiency, "vector", 3 + taps // 2)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         problem, rhs = unreversed(problem, rhs)

@@ -145,8 +145,11 @@ class InParts:
         return -(-whole // self.bands)
 
 
-def within(algorithm: Algorithm, problem: ConvProblem, device: Device, limit: int) -> Algorithm | None:
-    """``algorithm``, in as few parts as keep its workspace at ``limit`` bytes a device or below; None if no split does.
+def within(
+    algorithm: Algorithm, problem: ConvProblem, device: Device, limit: int, *, bands: bool = True
+) -> Algorithm | None:
+    """``algorithm``, in as few parts as keep its workspace at ``limit`` bytes a device or below; None if no split does,
+    or only one into ``bands`` of an image, where those are not wanted.
 
     What has symbolic sizes is left whole: a loop needs the number of its turns. Over several devices there are no
     parts: a loop over images or rows would gather, on each of them, an array that is spread."""
@@ -168,20 +171,20 @@ def within(algorithm: Algorithm, problem: ConvProblem, device: Device, limit: in
         part = split.part(p)
         return algorithm.why_not(part) is None and algorithm.cost(part, device).workspace <= limit
 
-    for parts in range(-(-workspace // limit), images):
-        if images % parts == 0 and fits(split := InParts(algorithm, parts, 1)):
+    for parts in range(-(-workspace // limit), images + 1):
+        if parts > 1 and images % parts == 0 and fits(split := InParts(algorithm, parts, 1)):
             return split
-    if p.spatial_rank == 0 or p.lhs_dilation[0] > 1:
+    if not bands or p.spatial_rank == 0 or p.lhs_dilation[0] > 1:
         return None
     rows = p.window[0] if p.is_weight_gradient else p.output_shape[2]
     one = InParts(algorithm, images, 1)
     if one.why_not(p) is not None:
         return None
     fewest = max(1, -(-one.cost(p, device).workspace // limit))
-    for bands in range(fewest, min(rows, _MOST_BANDS) + 1):
-        if fits(InParts(algorithm, images, bands)):
+    for count in range(fewest, min(rows, _MOST_BANDS) + 1):
+        if fits(InParts(algorithm, images, count)):
             # A few more, if they leave nothing over: rows that are filled up are copied and computed, too.
-            even = next((n for n in range(bands, bands * 3 // 2 + 1) if rows % n == 0), bands)
+            even = next((n for n in range(count, count * 3 // 2 + 1) if rows % n == 0), count)
             return InParts(algorithm, images, even)
     return None
 
