@@ -404,15 +404,20 @@ def test_depthwise_kernel_gradients_take_images_by_themselves():
         assert (getattr(of.runner, "images", 1), getattr(of.runner, "bands", 1)) == (images, 1)
 
 
+def test_winograd_transforms_a_kernel_as_it_lies():
+    """An input gradient's has its features the other way round; read transposed, its transform is scalar."""
+    winograd = next(a for a in ALGORITHMS if a.name == "winograd")
+    forward = _problem((1, 8, 8, 16), (3, 3, 16, 24))
+    for problem, contracted in ((forward, "[2] x [1]"), (input_problem(forward), "[2] x [2]")):
+        text = jax.jit(lambda lhs, rhs, p=problem: winograd.run(p, lhs, rhs)).lower(*_operands(problem)).as_text()
+        assert f"contracting_dims = {contracted}" in text
+
+
 def test_depthwise_lays_out_no_holes():
     """The workspace of a strided input gradient is the cotangent with its padding, and XLA's temporaries agree."""
     problem = input_problem(_problem((4, 32, 32, 16), (3, 3, 1, 16), (2, 2), groups=16))
     depthwise = next(a for a in ALGORITHMS if a.name == "depthwise")
-    operands = (
-        jax.ShapeDtypeStruct(tuple(shape[i] for i in inverse(spec)), np.float32)
-        for shape, spec in ((problem.lhs_shape, problem.layout.lhs_spec), (problem.rhs_shape, problem.layout.rhs_spec))
-    )
-    program = jax.jit(lambda lhs, rhs: depthwise.run(problem, lhs, rhs)).lower(*operands).compile()
+    program = jax.jit(lambda lhs, rhs: depthwise.run(problem, lhs, rhs)).lower(*_operands(problem)).compile()
     counted = depthwise.cost(problem, device_for("cpu")).workspace
     assert program.memory_analysis().temp_size_in_bytes <= 1.1 * counted
 
@@ -433,6 +438,13 @@ def test_a_kernel_gradient_left_to_xla_lies_channel_last():
     stem = jconv.ConvProblem.of(x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     assert plan(stem, "cpu").algorithm.name == "xla"
     assert plan(weight_problem(stem), "cpu").algorithm.name != "xla"
+
+
+def _operands(problem):
+    return (
+        jax.ShapeDtypeStruct(tuple(shape[i] for i in inverse(spec)), problem.dtype)
+        for shape, spec in ((problem.lhs_shape, problem.layout.lhs_spec), (problem.rhs_shape, problem.layout.rhs_spec))
+    )
 
 
 def _problem(lhs, rhs, strides=(1, 1), padding="SAME", groups=1):

@@ -119,6 +119,9 @@ class Winograd:
 
 
 def _forward(problem: ConvProblem, tile: int, x: jax.Array, w: jax.Array) -> jax.Array:
+    # The kernel of an input gradient lies (out, in): it is transformed so. Sums that read it transposed are scalar.
+    turned = problem.layout.rhs_spec[0] < problem.layout.rhs_spec[1]
+    w = jnp.swapaxes(w, -1, -2) if turned else w
     transform, kernel_transform, inverse = _MATRICES[tile]
     axes, positions = _axes(problem), problem.output_shape[2:]
     data = _transformed_input(problem, x, tile, positions)
@@ -136,8 +139,9 @@ def _forward(problem: ConvProblem, tile: int, x: jax.Array, w: jax.Array) -> jax
         part = strided(data, [len(axes) + 1 + i for i in others], start, sizes, strides)
         components, shape = part.shape[: len(axes)], part.shape[len(axes) : -1]
         part = part.reshape(prod(components), -1, part.shape[-1])
-        product = lax.dot_general(part, kernel[:, number], (((2,), (1,)), ((0,), (0,))), precision=problem.precision)
-        products.append(product.reshape(*components, *shape, w.shape[-1]))
+        contracted = ((2,), (2 if turned else 1,))
+        product = lax.dot_general(part, kernel[:, number], (contracted, ((0,), (0,))), precision=problem.precision)
+        products.append(product.reshape(*components, *shape, problem.rhs_shape[0]))
     out = summed(products, chains=1)
     for axis in reversed(axes):
         at = axis + len(out.shape) - x.ndim  # the tile axis, once the leading component axis is gone
