@@ -12,7 +12,7 @@ from jax import lax
 from jconv.algorithms.base import Algorithm, Cost, operand_bytes
 from jconv.algorithms.exchanged import Exchanged, exchanged, has_holes, worth_exchanging
 from jconv.algorithms.table import ALGORITHMS
-from jconv.algorithms.tiling import InParts, within
+from jconv.algorithms.tiling import InParts, by_images, within
 from jconv.algorithms.widened import Widened, widened
 from jconv.device import Device, MiB
 from jconv.errors import AlgorithmError, ConvError, ConvTypeError
@@ -203,10 +203,8 @@ def _in_parts(way: Algorithm, problem: ConvProblem, device: Device) -> tuple[Alg
     ways = [within(way, problem, device, device.workspace_limit)]
     if ways[0] is not None and device.cache and is_static(*problem.lhs_shape, *problem.rhs_shape):
         limits = (limit for limit in (4 * device.cache, device.cache) if limit < device.workspace_limit)
-        bands = (
-            problem.batch_groups == 1 or sized.output_shape[0] > 1
-        )  # depthwise kernel gradients gain nothing by them
-        ways += (within(way, problem, device, limit, bands=bands) for limit in limits)
+        ways += (within(way, problem, device, limit) for limit in limits)
+        ways.append(by_images(way, problem, device))
     found = [
         (w, w.whole_cost(problem, device) if isinstance(w, InParts) else w.cost(sized, device))
         for w in dict.fromkeys(ways)

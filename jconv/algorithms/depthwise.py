@@ -71,20 +71,25 @@ class Depthwise:
         return refusal
 
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
-        spatial = (-(-n // d) for n, d in zip(problem.padded, problem.lhs_dilation, strict=True))  # holes are skipped
-        size = accumulator(problem).itemsize
-        held = prod(problem.lhs_shape[:2]) * prod(spatial) * size
-        taps = prod(_window(problem))
-        if problem.batch_groups == 1:
+        size, taps, gradient = accumulator(problem).itemsize, prod(_window(problem)), problem.batch_groups > 1
+        holes = (1,) * problem.spatial_rank if gradient else problem.lhs_dilation  # which phases skip
+        laid_out = (-(-n // d) for n, d in zip(problem.padded, holes, strict=True))
+        held = prod(problem.lhs_shape[:2]) * prod(laid_out) * size
+        if not gradient:
             flops = 2 * problem.macs // prod(problem.lhs_dilation)
             efficiency = min(1000, 400 + 10 * taps) if taps <= _UNSPILLED else 140
             return Cost(flops, operand_bytes(problem), held, efficiency, "vector", 3)
-        efficiency, reread = 300, (prod(problem.lhs_shape) + prod(problem.rhs_shape)) * size
-        if taps < _TAPS_OF_PAIRS:  # else it works in chunks that stay in a cache
-            efficiency = 300 if reread <= device.cache or not device.cache else 120
-            # So that the planner takes images by themselves; over several devices there are no parts to be had.
-            held = max(held, reread) if problem.rhs_shape[1] > 1 and device.devices == 1 else held
-        return Cost(2 * problem.macs, operand_bytes(problem), held, efficiency, "vector", 3 + taps // 2)
+        reread = held + prod(problem.rhs_shape) * size if _rows_at_once(problem) is None else 0
+        spilled = 0 < device.cache * device.devices < reread
+        return Cost(
+            2 * problem.macs,
+            operand_bytes(problem),
+            held,
+            120 if spilled else 300,
+            "vector",
+            3 + taps // 2,
+            reread=reread,
+        )
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         problem, rhs = unreversed(problem, rhs)

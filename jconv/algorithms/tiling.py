@@ -51,7 +51,12 @@ class InParts:
         return self.inner.why_not(self.part(problem))
 
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
-        return self.inner.cost(self.part(problem), device)
+        one = self.inner.cost(self.part(problem), device)
+        if self.bands == 1 or not one.reread:
+            return one
+        # What is read many times gains nothing from bands, which were measured; only from images by themselves.
+        image = replace(self, bands=1).part(problem)
+        return replace(one, efficiency=self.inner.cost(image, device).efficiency)
 
     def whole_cost(self, problem: ConvProblem, device: Device) -> Cost:
         """Of all parts together, but for the workspace, which is one part's."""
@@ -88,44 +93,46 @@ class InParts:
         )
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        part = self.part(problem)
+        part, banded = self.part(problem), self.bands > 1
         lhs_spec, rhs_spec, out_spec = problem.layout
-        image_axis, row_axis = lhs_spec[1 if problem.is_weight_gradient else 0], lhs_spec[2]
-        rows, step = self._rows(problem), self._step(problem)
-        witness = lhs
-        if self.bands > 1:
+        image_axis, witness = lhs_spec[1 if problem.is_weight_gradient else 0], lhs
+        if banded:
             low, reach = self._reach(problem)
-            lhs = _padded(lhs, row_axis, low, reach - problem.lhs_shape[2] - low)
+            lhs = _padded(lhs, lhs_spec[2], low, reach - problem.lhs_shape[2] - low)
         sizes = [part.lhs_shape[lhs_spec.index(axis)] for axis in range(lhs.ndim)]
 
         def cut(x: jax.Array, start: list[Any], sizes: list[int]) -> jax.Array:
-            if self.bands == 1:
+            if not banded:
                 return lax.dynamic_slice(x, start, sizes)
             return unfused(lambda x, *start: lax.dynamic_slice(x, start, sizes), witness, x, *map(jnp.asarray, start))
 
         def slice_of_lhs(i: jax.Array) -> jax.Array:
             start: list[Any] = [0] * lhs.ndim
             start[image_axis] = i // self.bands * sizes[image_axis]
-            start[row_axis] = i % self.bands * (rows * step)
+            if banded:
+                start[lhs_spec[2]] = i % self.bands * (self._rows(problem) * self._step(problem))
             return cut(lhs, start, sizes)
 
         if not problem.is_weight_gradient:
             out = lax.map(lambda i: self.inner.run(part, slice_of_lhs(i), rhs), jnp.arange(self.count))
+            if not banded:
+                return merge_axis(out, 0, out_spec[0])
             out = out.reshape(self.images, self.bands, *out.shape[1:])
             out = merge_axis(merge_axis(out, 1, 1 + out_spec[2]), 0, out_spec[0])
             return lax.slice_in_dim(out, 0, problem.output_shape[2], axis=out_spec[2])
 
-        in_axis, window_axis = rhs_spec[1:3]
         if problem.reversed:
             rhs = lax.rev(rhs, rhs_spec[2:])
             part = part.replace(reversed=False)
-        rhs = _padded(rhs, window_axis, 0, self.bands * rows - problem.window[0])
+        if banded:
+            rhs = _padded(rhs, rhs_spec[2], 0, self.bands * self._rows(problem) - problem.window[0])
         kernel_sizes = [part.rhs_shape[rhs_spec.index(axis)] for axis in range(rhs.ndim)]
 
         def add(i: jax.Array, total: jax.Array) -> jax.Array:
             start: list[Any] = [0] * rhs.ndim
-            start[in_axis] = i // self.bands * kernel_sizes[in_axis]
-            start[window_axis] = i % self.bands * rows
+            start[rhs_spec[1]] = i // self.bands * kernel_sizes[rhs_spec[1]]
+            if banded:
+                start[rhs_spec[2]] = i % self.bands * self._rows(problem)
             return total + self.inner.run(part, slice_of_lhs(i), cut(rhs, start, kernel_sizes))
 
         total = lax.fori_loop(0, self.count, add, zeros_as(lhs, problem.physical_output_shape, part.out_dtype))
@@ -145,11 +152,8 @@ class InParts:
         return -(-whole // self.bands)
 
 
-def within(
-    algorithm: Algorithm, problem: ConvProblem, device: Device, limit: int, *, bands: bool = True
-) -> Algorithm | None:
-    """``algorithm``, in as few parts as keep its workspace at ``limit`` bytes a device or below; None if no split does,
-    or only one into ``bands`` of an image, where those are not wanted.
+def within(algorithm: Algorithm, problem: ConvProblem, device: Device, limit: int) -> Algorithm | None:
+    """``algorithm``, in as few parts as keep its workspace at ``limit`` bytes a device or below; None if no split does.
 
     What has symbolic sizes is left whole: a loop needs the number of its turns. Over several devices there are no
     parts: a loop over images or rows would gather, on each of them, an array that is spread."""
@@ -162,9 +166,8 @@ def within(
     if device.devices > 1:
         return None
     p = problem
-    images = p.lhs_shape[1] if p.is_weight_gradient else p.lhs_shape[0]
-    divisible = p.feature_groups == 1 if p.is_weight_gradient else p.batch_groups == 1
-    if not divisible:
+    images = _images(p)
+    if images is None:
         return None
 
     def fits(split: InParts) -> bool:
@@ -172,21 +175,46 @@ def within(
         return algorithm.why_not(part) is None and algorithm.cost(part, device).workspace <= limit
 
     for parts in range(-(-workspace // limit), images + 1):
-        if parts > 1 and images % parts == 0 and fits(split := InParts(algorithm, parts, 1)):
+        if images % parts == 0 and fits(split := InParts(algorithm, parts, 1)):
             return split
-    if not bands or p.spatial_rank == 0 or p.lhs_dilation[0] > 1:
+    if p.spatial_rank == 0 or p.lhs_dilation[0] > 1:
         return None
     rows = p.window[0] if p.is_weight_gradient else p.output_shape[2]
     one = InParts(algorithm, images, 1)
     if one.why_not(p) is not None:
         return None
     fewest = max(1, -(-one.cost(p, device).workspace // limit))
-    for count in range(fewest, min(rows, _MOST_BANDS) + 1):
-        if fits(InParts(algorithm, images, count)):
+    for bands in range(fewest, min(rows, _MOST_BANDS) + 1):
+        if fits(InParts(algorithm, images, bands)):
             # A few more, if they leave nothing over: rows that are filled up are copied and computed, too.
-            even = next((n for n in range(count, count * 3 // 2 + 1) if rows % n == 0), count)
+            even = next((n for n in range(bands, bands * 3 // 2 + 1) if rows % n == 0), bands)
             return InParts(algorithm, images, even)
     return None
+
+
+def by_images(algorithm: Algorithm, problem: ConvProblem, device: Device) -> InParts | None:
+    """``algorithm``, in as few parts as let what it reads many times stay in the cache; None where it reads nothing so, where
+    all of that stays there, or where not even one image's does."""
+    images = _images(problem)
+    if images is None or device.devices > 1 or algorithm.cost(problem, device).reread <= device.cache:
+        return None
+    for parts in range(2, images + 1):
+        split = InParts(algorithm, parts, 1)
+        if (
+            images % parts == 0
+            and split.why_not(problem) is None
+            and split.cost(problem, device).reread <= device.cache
+        ):
+            return split
+    return None
+
+
+def _images(problem: ConvProblem) -> Any:
+    """The images that a part may take some of; None where they are bound up in groups."""
+    p = problem
+    if p.is_weight_gradient:
+        return p.lhs_shape[1] if p.feature_groups == 1 else None
+    return p.lhs_shape[0] if p.batch_groups == 1 else None
 
 
 def _padded(x: jax.Array, axis: int, low: int, high: int) -> jax.Array:

@@ -119,7 +119,8 @@ class Winograd:
 
 
 def _forward(problem: ConvProblem, tile: int, x: jax.Array, w: jax.Array) -> jax.Array:
-    # The kernel of an input gradient lies (out, in): it is transformed so. Sums that read it transposed are scalar.
+    # A kernel that lies (out, in), as HWIO's does in an input gradient, is transformed so: sums that read it transposed
+    # are scalar.
     turned = problem.layout.rhs_spec[0] < problem.layout.rhs_spec[1]
     w = jnp.swapaxes(w, -1, -2) if turned else w
     transform, kernel_transform, inverse = _MATRICES[tile]

@@ -52,6 +52,12 @@ class Xla:
         if problem.is_weight_gradient and problem.groups == 1:
             moved += (1 if self.channel_last else 3) * _passes(problem)  # whole, they stay in no cache
             held = (prod(problem.lhs_shape) + prod(problem.rhs_shape)) * problem.dtype.itemsize  # both transposed
+        if _is_narrow_gradient(problem):
+            if self.channel_last:
+                size = prod(problem.lhs_shape[:2]) * prod(problem.padded) * problem.dtype.itemsize
+                moved, held, kernels = moved + 2 * size, held + size, kernels + 1
+            else:
+                efficiency = efficiency // 4 + 1
         if _is_bare(problem):
             if self.channel_last:
                 moved, kernels = moved + 2 * prod(problem.output_shape) * problem.out_dtype.itemsize, kernels + 1
@@ -110,21 +116,24 @@ def _channel_last(problem: ConvProblem) -> Layout:
 
 
 def _is_bare(problem: ConvProblem) -> bool:
-    """True for what XLA:CPU runs slowly for want of padding (measured: float32, one group, two axes, several taps)."""
-    p = problem
-    padded = any(side for pair in p.padding for side in pair) or any(d > 1 for d in p.lhs_dilation)
-    dense = p.dtype == np.float32 and p.spatial_rank == 2 and p.groups == 1
-    return dense and not (padded or p.is_pointwise or p.is_weight_gradient)
+    """True for what XLA:CPU runs slowly for want of padding (measured: several taps)."""
+    padded = any(side for pair in problem.padding for side in pair)
+    return _is_dense_image(problem) and not (padded or problem.is_pointwise or problem.is_weight_gradient)
 
 
 def _is_narrow_gradient(problem: ConvProblem) -> bool:
-    """True for what XLA:CPU runs slowly for its padding (measured: float32, one group, two axes): a kernel gradient of
-    few images whose cotangent has at most a vector of features."""
+    """True for what XLA:CPU runs slowly for its padding: a kernel gradient of few images whose cotangent has at most a
+    vector of features. Measured: of four images 1.5 to 3 times, of eight not; to 17 features or more not."""
+    padded = any(low > 0 or high > 0 for low, high in problem.padding)
+    features, images = problem.rhs_shape[:2]
+    few = features <= _LANES and is_static(images) and images <= _IMAGES
+    return _is_dense_image(problem) and problem.is_weight_gradient and padded and few
+
+
+def _is_dense_image(problem: ConvProblem) -> bool:
+    """True for what XLA:CPU has fast convolutions for, and slow cases of them."""
     p = problem
-    dense = p.dtype == np.float32 and p.spatial_rank == 2 and p.groups == 1 and all(d == 1 for d in p.lhs_dilation)
-    padded = any(low > 0 or high > 0 for low, high in p.padding)
-    few = p.rhs_shape[0] <= _LANES and is_static(p.rhs_shape[1]) and p.rhs_shape[1] <= _IMAGES
-    return dense and p.is_weight_gradient and padded and few
+    return p.dtype == np.float32 and p.spatial_rank == 2 and p.groups == 1 and all(d == 1 for d in p.lhs_dilation)
 
 
 def _passes(problem: ConvProblem) -> int:
@@ -169,7 +178,7 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
     """
     out, depth = problem.rhs_shape[0], prod(problem.rhs_shape[1:])
     if problem.batch_groups > 1:
-        return max(1, 600 // problem.groups**2)
+        return max(1, 150 // problem.groups**2)
     if problem.feature_groups > 1:
         return min(200, 6 * problem.rhs_shape[1])
     if problem.is_weight_gradient:
