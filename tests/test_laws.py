@@ -308,7 +308,7 @@ def test_in_parts(case, algorithm, split):
 @pytest.mark.parametrize("gradient", (False, True))
 @pytest.mark.parametrize("dtype", (np.int32, bfloat16, np.float64, np.complex64), ids=name_of)
 def test_bands_of_any_dtype(dtype, gradient):
-    """A band is cut out inside a conditional, whose witness is an operand of any kind."""
+    """A band is cut out by a call of its own, which XLA does not inline."""
     im2col = next(a for a in ALGORITHMS if a.name == "im2col")
     problem = next(c for c in CASES if c.name == "dense_2d:batch_5").problem(dtype)
     problem = weight_problem(problem) if gradient else problem
@@ -322,6 +322,8 @@ def test_bands_of_any_dtype(dtype, gradient):
         for run in (InParts(im2col, 1, 3).run, im2col.run)
     )
     np.testing.assert_array_equal(in_bands, whole)
+    text = jax.jit(lambda lhs, rhs: InParts(im2col, 1, 3).run(problem, lhs, rhs)).lower(lhs, rhs).compile().as_text()
+    assert 'inlineable="false"' in text and " call(" in text
 
 
 @pytest.mark.parametrize("layout", (("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")))

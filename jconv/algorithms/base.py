@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from jconv.device import Device
 from jconv.problem import ConvProblem, is_static
@@ -186,15 +187,10 @@ def zeros_as(x: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
     return vary(jnp.zeros(shape, dtype), varying(x))
 
 
-def unfused(f: Callable[..., jax.Array], witness: jax.Array, *args: jax.Array) -> jax.Array:
+def unfused(f: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
     """f(*args), fused with nothing, where XLA:CPU would compute f's parts once for each use, or a slice at a moving start
-    inside the loop that reads it, which is scalar then. It does not fuse across a conditional, and that this one is
-    always taken shows only when it runs, from the first element of ``witness``: an operand, no constant."""
-    first = lax.real(witness) if jnp.issubdtype(witness.dtype, jnp.complexfloating) else witness
-    first = lax.slice(first, (0,) * first.ndim, (1,) * first.ndim).reshape(())
-    true = (lax.bitcast_convert_type(first.astype(jnp.float32), jnp.int32) | 1) != 0
-    result = jax.eval_shape(f, *args)
-    return lax.cond(true, f, lambda *_: zeros_as(args[0], result.shape, result.dtype), *args)
+    inside the loop that reads it, which is scalar then: a call that XLA does not inline."""
+    return set_xla_metadata(jax.jit(f)(*args), inlineable="false")
 
 
 def unreversed(problem: ConvProblem, rhs: jax.Array) -> tuple[ConvProblem, jax.Array]:

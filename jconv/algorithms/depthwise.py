@@ -170,7 +170,7 @@ def _in_row_pairs(
     limit = _CACHED_WEIGHTS // len(taps) if feature_axis == x.ndim - 1 else channels
     width = next((c for c in range(min(limit, channels) // 16 * 16, 16, -16) if channels % c == 0), channels)
     if width == channels:
-        z = unfused(pair, x, x, w)
+        z = unfused(pair, x, w)
     else:
         z = lax.map(
             lambda at: pair(

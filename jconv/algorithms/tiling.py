@@ -95,7 +95,7 @@ class InParts:
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         part, banded = self.part(problem), self.bands > 1
         lhs_spec, rhs_spec, out_spec = problem.layout
-        image_axis, witness = lhs_spec[1 if problem.is_weight_gradient else 0], lhs
+        image_axis = lhs_spec[1 if problem.is_weight_gradient else 0]
         if banded:
             low, reach = self._reach(problem)
             lhs = _padded(lhs, lhs_spec[2], low, reach - problem.lhs_shape[2] - low)
@@ -104,7 +104,7 @@ class InParts:
         def cut(x: jax.Array, start: list[Any], sizes: list[int]) -> jax.Array:
             if not banded:
                 return lax.dynamic_slice(x, start, sizes)
-            return unfused(lambda x, *start: lax.dynamic_slice(x, start, sizes), witness, x, *map(jnp.asarray, start))
+            return unfused(lambda x, *start: lax.dynamic_slice(x, start, sizes), x, *map(jnp.asarray, start))
 
         def slice_of_lhs(i: jax.Array) -> jax.Array:
             start: list[Any] = [0] * lhs.ndim

@@ -44,7 +44,7 @@ class Xla:
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
         if device.vendor_default:
             return Cost(2 * problem.macs // prod(problem.lhs_dilation), operand_bytes(problem), 0, 850, "conv")
-        threads = 1 if problem.rhs_shape[0] <= _SERIAL or problem.groups > 1 else 0
+        threads = 1 if _is_serial(problem) else 0
         efficiency = max(1, _cpu_efficiency(problem) // _slower(problem.dtype))
         kernels = 2 if self.channel_last else 1 if problem.layout == _channel_last(problem) else 3
         flops = 2 * problem.macs // (prod(problem.lhs_dilation) if _skips_holes(problem) else 1)
@@ -134,6 +134,17 @@ def _is_dense_image(problem: ConvProblem) -> bool:
     """True for what XLA:CPU has fast convolutions for, and slow cases of them."""
     p = problem
     return p.dtype == np.float32 and p.spatial_rank == 2 and p.groups == 1 and all(d == 1 for d in p.lhs_dilation)
+
+
+def _is_serial(problem: ConvProblem) -> bool:
+    """True for what XLA:CPU runs on one thread (measured): few output features, but for one or three axes and for few
+    input features, too, which nothing fast takes."""
+    features, out = problem.rhs_shape[1], problem.rhs_shape[0]
+    if problem.groups > 1:
+        return True
+    if problem.is_weight_gradient or problem.spatial_rank == 2:
+        return out <= _SERIAL and (problem.is_weight_gradient or max(features, out) > _LANES)
+    return False
 
 
 def _passes(problem: ConvProblem) -> int:
