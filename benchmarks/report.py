@@ -225,8 +225,9 @@ def label(data: dict[str, Any]) -> str:
 
 
 def short(files: list[dict[str, Any]]) -> str:
-    """What the README shows: the circumstances, ratios by class, and the networks."""
-    return "\n\n".join([circumstances(files)] + [f"{grid.title}:\n\n{grid.markdown()}" for grid in map(_short, files)])
+    """What the README shows of float32: the circumstances, ratios by class, and the networks."""
+    shown = [data for data in files if data["conditions"]["dtype"] == "float32"]
+    return "\n\n".join([circumstances(shown)] + [f"{grid.title}:\n\n{grid.markdown()}" for grid in map(_short, shown)])
 
 
 def circumstances(files: list[dict[str, Any]]) -> str:
