@@ -36,7 +36,7 @@ class Device:
         platform: JAX's name of the platform, as lowering rules use it.
         dot, conv, vector, fft: float32 operations a nanosecond that one core sustains in matrix products,
             in XLA's own convolution, in fused loops of multiply-adds and in FFTs.
-        bytes_per_ns: bytes a nanosecond that one core reads or writes outside those.
+        bytes_per_ns: bytes a nanosecond that are read or written outside those, by all cores together.
         launch_ns: nanoseconds that a fused loop or a library call takes before it does any work.
         threads: threads that run a program.
         workspace_limit: bytes of temporaries above which an algorithm works in parts.

@@ -240,8 +240,8 @@ def _precisions(problem: ConvProblem) -> tuple[Any, ...]:
 
 
 def _time_ns(problem: ConvProblem, cost: Cost, device: Device) -> int:
-    """Arithmetic at its unit's rate, then memory, then launches; threads divide the first two. What is moved beyond the
-    operands and the result are temporaries: if they stay in the cache, up to three times as fast."""
+    """Arithmetic at its unit's rate, then memory, then launches; threads divide the first alone: two moved what lies outside
+    products and convolutions hardly faster than one. What is moved beyond the operands and the result are temporaries: if they stay in the cache, up to three times as fast."""
     rate = {"dot": device.dot, "conv": device.conv, "vector": device.vector, "fft": device.fft}[cost.unit]
     threads = min(device.threads, cost.threads or device.threads)
     arithmetic = 1000 * cost.flops // (rate * cost.efficiency * threads)
@@ -249,7 +249,7 @@ def _time_ns(problem: ConvProblem, cost: Cost, device: Device) -> int:
     if cache:
         once = min(moved, operand_bytes(problem))
         moved = once + (moved - once) * (held + cache) // (held + 3 * cache)
-    return arithmetic + moved // (device.bytes_per_ns * threads) + cost.kernels * device.launch_ns
+    return arithmetic + moved // device.bytes_per_ns + cost.kernels * device.launch_ns
 
 
 def _with_measurement(candidate: Candidate, found: int | str | None) -> Candidate:

@@ -244,7 +244,7 @@ class Calibration:
 
     def __str__(self) -> str:
         rows = zip(Constants._fields, map(str, self.before), map(str, self.after), strict=True)
-        title = f"{self.cpu}, threads {self.threads}; float32 operations and bytes a nanosecond, of one core"
+        title = f"{self.cpu}, threads {self.threads}; float32 operations of one core and bytes of all, a nanosecond"
         return "\n".join([title, *aligned([("constant", "was", "is"), *rows])])
 
     def to_json(self) -> str:
@@ -257,8 +257,8 @@ def calibrate(rounds: int = 15) -> Calibration:
     """Measures the constants of the cost model on this machine's CPU, and has the planner estimate by them.
 
     Some seconds of small programs: a product of matrices, a convolution of XLA's, a fused loop of multiply-adds, FFTs, a
-    pass over memory and a chain of tiny products. Each runs on all threads of JAX's; a rate is what they do together,
-    divided by their number, since the model multiplies by it again. Of each program the best round counts, which is a
+    pass over memory and a chain of tiny products. Each runs on all threads of JAX's; a rate of arithmetic is what they do
+    together, divided by their number, since the model multiplies by it again. Of each program the best round counts, which is a
     median; the time of a call that does next to nothing is taken off. The constants are kept in the store, for this
     model of processor. Measured times go before estimates, and programs that were compiled before keep the algorithms
     that they have. Calibrate while the machine is quiet.
@@ -519,10 +519,11 @@ def _times(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, int]:
 
 
 def _constants(times: dict[str, int], threads: int) -> Constants:
-    """Rates of one core, without the time that a call takes which does next to nothing."""
+    """Operations of one core, and bytes of all, without the time that a call takes which does next to nothing."""
 
     def rate(name: str) -> int:
-        return max(1, round(_YARDSTICKS[name][2] / (max(1, times[name] - times["one"]) * threads)))
+        sharing = 1 if name == "bytes_per_ns" else threads
+        return max(1, round(_YARDSTICKS[name][2] / (max(1, times[name] - times["one"]) * sharing)))
 
     launch = max(1, (times["chain"] - times["one"]) // _CHAIN)
     return Constants(*(rate(name) for name in Constants._fields[:-1]), launch_ns=launch)

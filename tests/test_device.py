@@ -233,7 +233,7 @@ def test_the_arithmetic_of_a_calibration(clock, monkeypatch):
         conv=round(2 * 4 * 28 * 28 * 9 * 128 * 128 / (4 * 2_990_000)),
         vector=round(2 * 9 * 56 * 56 * 128 / (4 * 990_000)),
         fft=round(2 * 256 * 2.5 * 1024 * 10 / (4 * 1_990_000)),
-        bytes_per_ns=round(16 * MiB / (4 * 990_000)),
+        bytes_per_ns=round(16 * MiB / 990_000),
         launch_ns=500,
     )
     assert clock["dot"] == 6 * tuning._SAMPLES
