@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import gcd, prod
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -190,7 +190,7 @@ def zeros_as(x: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
 def unfused(f: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
     """f(*args), fused with nothing, where XLA:CPU would compute f's parts once for each use, or a slice at a moving start
     inside the loop that reads it, which is scalar then: a call that XLA does not inline."""
-    return set_xla_metadata(jax.jit(f)(*args), inlineable="false")
+    return cast(jax.Array, set_xla_metadata(jax.jit(f)(*args), inlineable="false"))
 
 
 def unreversed(problem: ConvProblem, rhs: jax.Array) -> tuple[ConvProblem, jax.Array]:
