@@ -240,8 +240,9 @@ def _precisions(problem: ConvProblem) -> tuple[Any, ...]:
 
 
 def _time_ns(problem: ConvProblem, cost: Cost, device: Device) -> int:
-    """Arithmetic at its unit's rate, then memory, then launches; threads divide the first alone: two moved what lies outside
-    products and convolutions hardly faster than one. What is moved beyond the operands and the result are temporaries: if they stay in the cache, up to three times as fast."""
+    """Arithmetic at its unit's rate, then memory, then launches. Threads divide the first alone: two moved what lies outside
+    products and convolutions hardly faster than one. What is moved beyond the operands and the result are temporaries: if
+    they stay in the cache, up to three times as fast."""
     rate = {"dot": device.dot, "conv": device.conv, "vector": device.vector, "fft": device.fft}[cost.unit]
     threads = min(device.threads, cost.threads or device.threads)
     arithmetic = 1000 * cost.flops // (rate * cost.efficiency * threads)

@@ -258,8 +258,8 @@ def calibrate(rounds: int = 15) -> Calibration:
 
     Some seconds of small programs: a product of matrices, a convolution of XLA's, a fused loop of multiply-adds, FFTs, a
     pass over memory and a chain of tiny products. Each runs on all threads of JAX's; a rate of arithmetic is what they do
-    together, divided by their number, since the model multiplies by it again. Of each program the best round counts, which is a
-    median; the time of a call that does next to nothing is taken off. The constants are kept in the store, for this
+    together, divided by their number, since the model multiplies by it again. Of each program the best round counts,
+    which is a median; the time of a call that does next to nothing is taken off. The constants are kept in the store, for this
     model of processor. Measured times go before estimates, and programs that were compiled before keep the algorithms
     that they have. Calibrate while the machine is quiet.
 

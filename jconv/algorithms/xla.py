@@ -131,20 +131,19 @@ def _is_narrow_gradient(problem: ConvProblem) -> bool:
 
 
 def _is_dense_image(problem: ConvProblem) -> bool:
-    """True for what XLA:CPU has fast convolutions for, and slow cases of them."""
+    """True for what XLA:CPU has fast convolutions for, of which the two above are slow cases."""
     p = problem
     return p.dtype == np.float32 and p.spatial_rank == 2 and p.groups == 1 and all(d == 1 for d in p.lhs_dilation)
 
 
 def _is_serial(problem: ConvProblem) -> bool:
-    """True for what XLA:CPU runs on one thread (measured): few output features, but for one or three axes and for few
-    input features, too, which nothing fast takes."""
-    features, out = problem.rhs_shape[1], problem.rhs_shape[0]
+    """True for what XLA:CPU was measured to run on one thread: groups, kernel gradients to few features, and images with few
+    output features, unless both are at most a vector's."""
+    out, features = problem.rhs_shape[:2]
     if problem.groups > 1:
         return True
-    if problem.is_weight_gradient or problem.spatial_rank == 2:
-        return out <= _SERIAL and (problem.is_weight_gradient or max(features, out) > _LANES)
-    return False
+    image = problem.spatial_rank == 2 and max(out, features) > _LANES
+    return out <= _SERIAL and (problem.is_weight_gradient or image)
 
 
 def _passes(problem: ConvProblem) -> int:
