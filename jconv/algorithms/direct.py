@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 
 import jax
 
+from jconv.adjoint import split_axis
 from jconv.algorithms.base import (
     Accuracy,
     Cost,
     accumulator,
+    by_phase,
     channel_last,
     from_channel_last,
     operand_bytes,
@@ -19,47 +21,65 @@ from jconv.algorithms.base import (
     strided,
     summed,
     taps,
+    unreversed,
 )  # fmt: skip
 from jconv.device import Device
 from jconv.problem import ConvProblem, is_static
 
 _MOST_TERMS = 64
+_MOST_TERMS_OF_GROUPS = 112
+_LANES = 8  # of a vector of float32: outputs of a group that one feature is broadcast to
+_CACHED_BYTES = 48 << 10  # of weights, in the first-level cache
 
 
 @dataclass(frozen=True)
 class Direct:
-    """Few input features and a small window (the first layer of a network): one fused loop without a copy."""
+    """Few input features in all (the first layer of a network) or a group, and a small window: one fused loop without a
+    copy, in which each feature of a group is read for all outputs of the group."""
 
     name: str = "direct"
     accuracy: Accuracy = "direct"
 
     def why_not(self, problem: ConvProblem) -> str | None:
-        if problem.groups > 1:
-            return f"needs one group, got {problem.groups}"
-        if any(d > 1 for d in problem.lhs_dilation):
-            return f"needs an input without holes, got lhs_dilation {problem.lhs_dilation}"
+        if problem.batch_groups > 1:
+            return f"needs one batch group, got {problem.batch_groups}"
+        if problem.groups == 1 and any(d > 1 for d in problem.lhs_dilation):
+            return f"needs groups or an input without holes, got lhs_dilation {problem.lhs_dilation}"
         refusal = refuse_unsized(problem)
         if refusal is None and not is_static(*problem.rhs_shape):
             return "needs the number of products for an output to be known, not a symbol"
-        if refusal is None and prod(problem.rhs_shape[1:]) > _MOST_TERMS:
-            return f"needs at most {_MOST_TERMS} products for an output, got {prod(problem.rhs_shape[1:])}"
+        most = _MOST_TERMS if problem.groups == 1 else _MOST_TERMS_OF_GROUPS
+        if refusal is None and prod(problem.rhs_shape[1:]) > most:
+            return f"needs at most {most} products for an output, got {prod(problem.rhs_shape[1:])}"
         return refusal
 
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
         width = problem.rhs_shape[0]
         padded = prod(problem.padded) * problem.lhs_shape[0] * problem.lhs_shape[1] * problem.dtype.itemsize
+        efficiency = 1000 * width // (width + 8)
+        if problem.groups > 1:
+            efficiency = 500 * gcd(width // problem.groups, _LANES) // _LANES
+            if prod(problem.rhs_shape) * accumulator(problem).itemsize > _CACHED_BYTES:
+                efficiency //= 2
         return Cost(
-            2 * problem.macs, operand_bytes(problem) + 2 * padded, padded, 1000 * width // (width + 8), "vector", 2
+            2 * problem.macs // prod(problem.lhs_dilation), operand_bytes(problem) + 2 * padded, padded, efficiency, "vector", 2
         )
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        spatial = tuple(range(1, problem.spatial_rank + 1))
-        x, w = channel_last(problem, lhs, rhs)
-        wide = accumulator(problem)
-        x, w = pad_and_dilate(problem, x, spatial).astype(wide), w.astype(wide)
-        terms = []
-        for index, offset in taps(problem):
-            part = strided(x, spatial, offset, problem.output_shape[2:], problem.strides)
-            row = (1,) * (x.ndim - 1)
-            terms += [part[..., c : c + 1] * w[index][c].reshape(*row, -1) for c in range(w.shape[-2])]
-        return from_channel_last(problem, summed(terms, chains=4).astype(problem.out_dtype))
+        problem, rhs = unreversed(problem, rhs)
+        has_holes = prod(problem.lhs_dilation) > 1
+        return by_phase(problem, lhs, rhs, _convolved) if has_holes else _convolved(problem, lhs, rhs)
+
+
+def _convolved(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    spatial = tuple(range(1, problem.spatial_rank + 1))
+    x, w = channel_last(problem, lhs, rhs)
+    wide = accumulator(problem)
+    x = split_axis(pad_and_dilate(problem, x, spatial).astype(wide), x.ndim - 1, problem.groups)
+    w = split_axis(w.astype(wide), w.ndim - 1, problem.groups)
+    terms = []
+    for index, offset in taps(problem):
+        part = strided(x, spatial, offset, problem.output_shape[2:], problem.strides)
+        terms += [part[..., c : c + 1] * w[index][c] for c in range(part.shape[-1])]
+    y = summed(terms, chains=4)
+    return from_channel_last(problem, y.reshape(*y.shape[:-2], -1).astype(problem.out_dtype))

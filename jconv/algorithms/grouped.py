@@ -3,7 +3,8 @@
 A block is one group, or as many narrow ones as fill a vector, with zeros off the diagonal of its kernel (so that a NaN
 or an infinity reaches the groups of its block). The slices of a block's input lie side by side, for all taps or,
 without a stride, for all but those of the first axis: then one product gives the terms of every tap t of that axis, and
-y[i] = sum over t of product[i + t d, t] adds them, shifted. In a kernel gradient the columns meet the cotangent.
+y[i] = sum over t of product[i + t d, t] adds them, shifted. In a kernel gradient the columns meet the cotangent, which is
+shifted, once for each t, where the forward direction has no stride along that axis: fewer columns than one for each tap.
 """
 
 from __future__ import annotations
@@ -60,18 +61,22 @@ class Grouped:
         return None
 
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
-        q, features, _ = _block(problem)
+        q, features, outputs = _block(problem)
         gradient, taps = problem.batch_groups > 1, prod(_window(problem))
-        positions = prod((problem.rhs_shape if gradient else problem.output_shape)[2:])
-        images = problem.lhs_shape[1 if gradient else 0]
-        size = problem.dtype.itemsize
-        columns = positions * images * features * problem.groups * size * taps
-        columns //= problem.window[0] if _folds(problem) else 1
+        images, each = problem.lhs_shape[1 if gradient else 0], _column_bytes(problem)
+        if gradient:
+            fold = _window(problem)[-1] if _folds(problem) else 1
+            height, width = fold * q * outputs, taps // fold * q * features
+            efficiency = 900 * height // (height + 16) * width // (width + 16)
+        else:
+            efficiency = min(900, 170 + 4 * q * features)
+        # Slices of the operands are copied, and the results of the blocks lie one after the other before they are merged.
+        apart = prod(problem.output_shape) * problem.out_dtype.itemsize
         return Cost(
             2 * problem.macs * q // (1 if gradient else prod(problem.lhs_dilation)),
-            operand_bytes(problem) + (2 * columns if taps > 1 else 0),
-            columns // images * _images(images, columns // images * q // problem.groups) * q // problem.groups,
-            800 if gradient else min(900, 170 + 4 * q * features),
+            2 * operand_bytes(problem) + (2 * images * each * problem.groups if taps > 1 else 0) + apart,
+            each * _images(images, each * q) * q + apart,
+            efficiency + 1,
         )
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -102,9 +107,23 @@ def _block(problem: ConvProblem) -> tuple[int, int, int]:
 
 
 def _folds(problem: ConvProblem) -> bool:
+    """Whether the taps of the first axis, in a kernel gradient of the last, are no columns of the input."""
+    if problem.spatial_rank == 0:
+        return False
+    if problem.batch_groups > 1:
+        return problem.rhs_dilation[-1] == 1
     q, features, _ = _block(problem)
-    forward = problem.batch_groups == 1 and problem.spatial_rank > 0
-    return forward and problem.strides[0] == 1 and q * features < _NARROW
+    return problem.strides[0] == 1 and q * features < _NARROW
+
+
+def _column_bytes(problem: ConvProblem) -> int:
+    """Bytes of the columns of one image and one group."""
+    _, features, outputs = _block(problem)
+    gradient, window = problem.batch_groups > 1, _window(problem)
+    positions = prod((problem.rhs_shape if gradient else problem.output_shape)[2:])
+    fold = window[-1 if gradient else 0] if _folds(problem) else 1
+    shifted = fold * outputs if gradient and fold > 1 else 0
+    return positions * (prod(window) // fold * features + shifted) * problem.dtype.itemsize
 
 
 def _images(batch: int, bytes_each: int) -> int:
@@ -162,14 +181,23 @@ def _kernel_gradient(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> ja
     (feature_axis, batch_axis, *spatial), rhs_spec, out_spec = problem.layout
     q, features, outputs = _block(problem)
     blocks, window, batch = problem.groups // q, _window(problem), problem.lhs_shape[1]
-    images = _images(batch, prod(problem.window) * prod(window) * q * features * problem.dtype.itemsize)
-    taps = [range(k) for k in window]
+    sizes, taps = list(problem.window), [range(k) for k in window]
+    fold = window[-1] if _folds(problem) else 1
+    if fold > 1:
+        reach = (fold - 1) * problem.strides[-1]
+        sizes[-1] += reach
+        taps[-1] = range(1)
+    images = _images(batch, _column_bytes(problem) * q)
 
     def part(b: jax.Array, i: jax.Array) -> jax.Array:
         x = _part(lhs, (batch_axis, *spatial, feature_axis), i, images, b, q * features)
         x = pad_and_dilate(problem, x, range(1, x.ndim - 1))
-        x = _columns(x, taps, problem.strides, problem.window, problem.rhs_dilation)
+        x = _columns(x, taps, problem.strides, sizes, problem.rhs_dilation)
         g = _part(rhs, (rhs_spec[1], *rhs_spec[2:], rhs_spec[0]), i, images, b, q * outputs)
+        if fold > 1:
+            g = lax.pad(g, jnp.zeros((), g.dtype), [*[(0, 0, 0)] * (g.ndim - 2), (reach, reach, 0), (0, 0, 0)])
+            starts = [reach - t * problem.strides[-1] for t in range(fold)]
+            g = lax.concatenate([lax.slice_in_dim(g, at, at + sizes[-1], axis=g.ndim - 2) for at in starts], g.ndim - 1)
         # Rows first: XLA:CPU multiplies two matrices along their rows in place, but copies what has more axes.
         x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
         return lax.dot_general(
@@ -181,8 +209,8 @@ def _kernel_gradient(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> ja
         z = part(b, jnp.zeros_like(b))
         return lax.fori_loop(1, batch // images, lambda i, z: z + part(b, jnp.full_like(b, i)), z)
 
-    z = lax.map(block, jnp.arange(blocks)).reshape(blocks, q, outputs, prod(window), q, features)
-    z = jnp.stack([z[:, i, :, :, i] for i in range(q)], 1)
+    z = lax.map(block, jnp.arange(blocks)).reshape(blocks, fold, q, outputs, -1, q, features)
+    z = jnp.stack([z[:, :, i, :, :, i] for i in range(q)], 1).transpose(0, 1, 3, 4, 2, 5)
     z = z.reshape(problem.rhs_shape[0], *window, features).astype(problem.out_dtype)
     return z.transpose(tuple((z.ndim - 1, *range(z.ndim - 1))[axis] for axis in inverse(out_spec)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +39,11 @@ class Groupwise:
         width = min(group.lhs_shape[0 if problem.is_weight_gradient else 1], group.rhs_shape[0])
         # A slice of few features touches the cache lines of all; in a kernel gradient it is transposed, too.
         sliced = max(8 if problem.is_weight_gradient else 2, 2 * _LANES // width) - 1
+        # The results of the groups lie one after the other before they are merged.
+        apart = prod(problem.output_shape) * problem.out_dtype.itemsize
         return Cost(
-            one.flops * groups, one.bytes * groups + sliced * operand_bytes(problem), one.workspace, one.efficiency, one.unit,
+            one.flops * groups, one.bytes * groups + sliced * operand_bytes(problem) + 2 * apart,
+            one.workspace + apart, one.efficiency, one.unit,
             (one.kernels + (12 if problem.is_weight_gradient else 4)) * groups, one.threads,
         )  # fmt: skip
 
