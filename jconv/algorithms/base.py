@@ -160,6 +160,16 @@ def strided(
     return lax.slice(x, low, high, step)
 
 
+def shifted(g: jax.Array, taps: int, step: int) -> jax.Array:
+    """A channel-last cotangent without strides along its last spatial axis, moved by 0, step, ... places along it, side by
+    side: what the columns of an input meet that were made for no tap of that axis."""
+    reach, axis = (taps - 1) * step, g.ndim - 2
+    size = g.shape[axis] + reach
+    g = lax.pad(g, jnp.zeros((), g.dtype), [*[(0, 0, 0)] * axis, (reach, reach, 0), (0, 0, 0)])
+    starts = (reach - t * step for t in range(taps))
+    return lax.concatenate([lax.slice_in_dim(g, at, at + size, axis=axis) for at in starts], g.ndim - 1)
+
+
 def accumulator(problem: ConvProblem) -> np.dtype:
     """Where sums are written out, floats of 16 bits or fewer are summed in 32, as a product of matrices does."""
     narrow = jnp.issubdtype(problem.dtype, jnp.floating) and problem.out_dtype.itemsize < 4

@@ -62,7 +62,12 @@ class Direct:
             if prod(problem.rhs_shape) * accumulator(problem).itemsize > _CACHED_BYTES:
                 efficiency //= 2
         return Cost(
-            2 * problem.macs // prod(problem.lhs_dilation), operand_bytes(problem) + 2 * padded, padded, efficiency, "vector", 2
+            2 * problem.macs // prod(problem.lhs_dilation),
+            operand_bytes(problem) + 2 * padded,
+            padded,
+            efficiency,
+            "vector",
+            2,
         )
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ from jconv.algorithms.base import (
     operand_bytes,
     pad_and_dilate,
     refuse_unsized,
+    shifted,
     summed,
     unreversed,
 )
@@ -184,8 +185,7 @@ def _kernel_gradient(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> ja
     sizes, taps = list(problem.window), [range(k) for k in window]
     fold = window[-1] if _folds(problem) else 1
     if fold > 1:
-        reach = (fold - 1) * problem.strides[-1]
-        sizes[-1] += reach
+        sizes[-1] += (fold - 1) * problem.strides[-1]
         taps[-1] = range(1)
     images = _images(batch, _column_bytes(problem) * q)
 
@@ -195,9 +195,7 @@ def _kernel_gradient(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> ja
         x = _columns(x, taps, problem.strides, sizes, problem.rhs_dilation)
         g = _part(rhs, (rhs_spec[1], *rhs_spec[2:], rhs_spec[0]), i, images, b, q * outputs)
         if fold > 1:
-            g = lax.pad(g, jnp.zeros((), g.dtype), [*[(0, 0, 0)] * (g.ndim - 2), (reach, reach, 0), (0, 0, 0)])
-            starts = [reach - t * problem.strides[-1] for t in range(fold)]
-            g = lax.concatenate([lax.slice_in_dim(g, at, at + sizes[-1], axis=g.ndim - 2) for at in starts], g.ndim - 1)
+            g = shifted(g, fold, problem.strides[-1])
         # Rows first: XLA:CPU multiplies two matrices along their rows in place, but copies what has more axes.
         x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
         return lax.dot_general(

@@ -23,6 +23,7 @@ from jconv.algorithms.base import (
     over_rows,
     pad_and_dilate,
     refuse_unsized,
+    shifted,
     strided,
     taps,
 )  # fmt: skip
@@ -50,9 +51,10 @@ class Im2col:
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
         size, slices = problem.dtype.itemsize, _slices(problem)
         if problem.is_weight_gradient:
-            rows = prod(problem.rhs_shape[1:])
+            rows, fold = prod(problem.rhs_shape[1:]), _fold(problem)
             narrow, width = problem.lhs_shape[0] // problem.batch_groups, problem.rhs_shape[0] // problem.groups
-            columns, height, depth = rows * narrow * slices * problem.batch_groups, narrow * slices, rows
+            height, width, depth = narrow * slices // fold, width * fold, rows
+            columns = rows * problem.batch_groups * (height + (width if fold > 1 else 0))
         else:
             rows = problem.output_shape[0] * prod(problem.output_shape[2:])
             depth, width, height = prod(problem.rhs_shape[1:]), problem.rhs_shape[0] // problem.groups, rows
@@ -100,22 +102,41 @@ def _by_column(problem: ConvProblem, x: jax.Array, w: jax.Array) -> jax.Array:
     return from_channel_last(problem, y)
 
 
+def _fold(problem: ConvProblem) -> int:
+    """Taps of the last axis, where it takes fewer columns to shift the cotangent by them."""
+    if (
+        problem.groups > 1
+        or problem.lhs_shape[0] < _NARROW
+        or problem.spatial_rank == 0
+        or problem.rhs_dilation[-1] > 1
+    ):
+        return 1
+    taps, last = prod(problem.output_shape[2:]), problem.output_shape[-1]
+    spared = (taps - taps // last) * problem.lhs_shape[0]
+    return last if last * problem.rhs_shape[0] < spared else 1
+
+
 def _kernel_gradient(problem: ConvProblem, x: jax.Array, g: jax.Array) -> jax.Array:
-    """columns[m, tap, c] . g[m, o], with m over batch and positions."""
-    spatial, result = tuple(range(1, problem.spatial_rank + 1)), problem.output_shape[2:]
+    """columns[m, tap, c] . g[m, o], with m over batch and positions; with :func:`_fold`, columns[m, tap, c] . g[m, last tap, o]."""
+    spatial, result, fold = tuple(range(1, problem.spatial_rank + 1)), list(problem.output_shape[2:]), _fold(problem)
+    sizes = list(problem.window)
+    if fold > 1:
+        g = shifted(g, fold, problem.strides[-1])
+        sizes[-1], result[-1] = g.shape[-2], 1
     x = pad_and_dilate(problem, x, spatial)
     starts = [tuple(t * s for t, s in zip(tap, problem.strides, strict=True)) for tap in np.ndindex(*result)]
     features = x.shape[-1]
     if features < _NARROW:
         x = jnp.moveaxis(x, -1, 0)
-        slices = [strided(x, [a + 1 for a in spatial], s, problem.window, problem.rhs_dilation) for s in starts]
+        slices = [strided(x, [a + 1 for a in spatial], s, sizes, problem.rhs_dilation) for s in starts]
         columns = lax.concatenate(slices, 0).reshape(len(starts) * features, -1)
         out = lax.dot(columns, g.reshape(-1, g.shape[-1]), **options(problem))
     else:
-        slices = [strided(x, spatial, s, problem.window, problem.rhs_dilation) for s in starts]
+        slices = [strided(x, spatial, s, sizes, problem.rhs_dilation) for s in starts]
         columns = lax.concatenate(slices, x.ndim - 1).reshape(-1, len(starts) * features)
         out = over_rows(problem, columns, g.reshape(columns.shape[0], -1))
-    return from_gradient(problem, out.reshape(*result, features, g.shape[-1]))
+    out = jnp.moveaxis(out.reshape(*result[:-1], features, fold, -1), -2, -3) if fold > 1 else out
+    return from_gradient(problem, out.reshape(*problem.output_shape[2:], features, -1))
 
 
 def _by_position(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:

@@ -21,14 +21,15 @@ from jconv.algorithms.base import (
     gradient_operands,
     refuse_unsized,
     strided,
+    unfused,
 )  # fmt: skip
 from jconv.device import Device
 from jconv.problem import ConvProblem, Layout
 
 _IMAGES = Layout((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # NHWC, HWIO
-_GRADIENTS = Layout((3, 0, 1, 2), (3, 0, 1, 2), (2, 3, 0, 1))
+_GRADIENTS = Layout((0, 3, 1, 2), (3, 0, 1, 2), (2, 3, 0, 1))
 _MANY = 8  # features that XLA:CPU's convolution sums over at full speed
-_FEW = 4  # input features up to which the depth's taps become features of one convolution
+_FEW = 16  # input features up to which the depth's taps become features of one convolution
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,14 @@ class Volume:
         count = problem.window[0] if gradient else problem.output_shape[2]
         step = problem.rhs_dilation[0] if gradient else problem.strides[0]
         apart = problem.strides[0] if gradient else problem.rhs_dilation[0]
+        if gradient:  # whose slices are features, as which they lie once, for all taps
+            x = unfused(lambda x: x.transpose(4, 2, 3, 0, 1), x)
+            g = w.reshape(-1, *w.shape[2:])
+            slices = [strided(x, [4], [t * apart], [count], [step]) for t in range(depth)]
+            slices = [s.reshape(*s.shape[:3], -1) for s in slices]
+            return from_gradient(problem, jnp.stack([self.inner.run(part, s, g) for s in slices]))
         slices = [strided(x, [1], [t * apart], [count], [step]) for t in range(depth)]
         slices = [s.reshape(-1, *s.shape[2:]) for s in slices]
-        if gradient:
-            g = w.reshape(-1, *w.shape[2:])
-            return from_gradient(problem, jnp.stack([self.inner.run(part, s, g) for s in slices]))
         kernels = [w[depth - 1 - t if problem.reversed else t] for t in range(depth)]
         if _folds(problem):
             out = self.inner.run(part, jnp.concatenate(slices, -1), jnp.concatenate(kernels, -2))

@@ -193,11 +193,11 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
         return min(200, 6 * problem.rhs_shape[1])
     if problem.is_weight_gradient:
         taps = prod(problem.output_shape[2:])
-        if taps == 1:
-            return 150
         work = out * taps * problem.lhs_shape[0]
         full, rest = out // _LANES * _LANES, out % _LANES
         vectors = 50 + 650 * full // (full + _LANES * rest)  # the rest one by one
+        if taps == 1:
+            return 150 * vectors // 700 * min(problem.lhs_shape[0], _LANES) // _LANES + 1
         rows = prod(problem.rhs_shape[1:])
         if problem.lhs_shape[0] < _FEW and min(problem.rhs_dilation, default=1) > 2:
             vectors //= 3
