@@ -14,11 +14,14 @@ What is inside the timed region, and what is not:
   it; the report takes the faster. A gradient is `aten.convolution_backward` with the one output. Where torch
   has no padding that gives the output's shape, `F.pad` is inside.
 - A transposed convolution gets its kernel in each library's own form; the conversion is outside.
+- A gradient of complex numbers is the bilinear map, nothing conjugated, as in JAX. torch's kernels take real ones only.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
 import re
 import subprocess
@@ -46,8 +49,9 @@ from jconv.planner import plan
 from jconv.problem import Layout
 
 PROBLEMS = Path(__file__).with_name("conv_problems.json")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "float16", "float64", "complex64")
 FORWARD, TO_INPUT, TO_KERNEL = DIRECTIONS = ("forward", "input gradient", "kernel gradient")
+GIVEN = {FORWARD: ("lhs", "rhs"), TO_INPUT: ("grad", "rhs"), TO_KERNEL: ("lhs", "grad")}
 TORCH_FORMATS = {
     1: {"contiguous": torch.contiguous_format},
     2: {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last},
@@ -84,7 +88,7 @@ class Contender:
 
     Attributes:
         run: one call, its result awaited.
-        value: what a call gave, as float64 in logical order.
+        value: what a call gave, as float64 or complex128 in logical order.
         compile_s: seconds that XLA took, on the clock of the run.
         temp_bytes: XLA's temporaries.
     """
@@ -133,18 +137,29 @@ class Operands:
     """lhs, kernel and output gradient, the same values for every contender.
 
     Attributes:
-        values: by name ("lhs", "rhs", "grad") in logical order, float32, rounded to the problem's dtype.
+        values: by name ("lhs", "rhs", "grad") in logical order, float32 or complex64, rounded to the problem's dtype.
     """
 
     def __init__(self, p: ConvProblem):
         rng = np.random.default_rng(0)
         shapes = {"lhs": p.lhs_shape, "rhs": p.rhs_shape, "grad": p.output_shape}
         self.dtype = p.dtype
-        self.values = {
-            name: rng.standard_normal(shape, np.float32).astype(p.dtype).astype(np.float32)
-            for name, shape in shapes.items()
-        }
+        self.values = {name: self._drawn(rng, shape) for name, shape in shapes.items()}
         self._placed: dict[tuple[str, tuple[int, ...]], jax.Array] = {}
+
+    def _drawn(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        drawn = rng.standard_normal(shape, np.float32)
+        if self.dtype.kind == "c":
+            return drawn + 1j * rng.standard_normal(shape, np.float32)
+        return drawn.astype(self.dtype).astype(np.float32)
+
+    def taken(self, parts: dict[str, Callable[[np.ndarray], np.ndarray]]) -> Operands:
+        """The real parts of the operands, or what ``parts`` takes of those that it names."""
+        other = copy.copy(self)
+        other.values = {
+            name: np.ascontiguousarray(parts.get(name, np.real)(value)) for name, value in self.values.items()
+        }
+        return other
 
     def placed(self, name: str, spec: Sequence[int]) -> jax.Array:
         """The array for JAX in the layout ``spec``; made once, and shared by all who want that layout."""
@@ -188,21 +203,16 @@ def lax_contender(
 def _compiled(
     timer: timing.Timer, p: ConvProblem, direction: str, call: Callable[..., jax.Array], values: Operands
 ) -> Contender:
-    lhs_spec, rhs_spec, out_spec = p.layout
-    lhs, rhs, grad = ("lhs", lhs_spec), ("rhs", rhs_spec), ("grad", out_spec)
-    given, spec = {
-        FORWARD: ((lhs, rhs), out_spec),
-        TO_INPUT: ((grad, rhs), lhs_spec),
-        TO_KERNEL: ((lhs, grad), rhs_spec),
-    }[direction]
-    arrays = [values.placed(*which) for which in given]
+    specs = dict(zip(("lhs", "rhs", "grad"), p.layout, strict=True))
+    (spec,) = (spec for name, spec in specs.items() if name not in GIVEN[direction])
+    arrays = [values.placed(name, specs[name]) for name in GIVEN[direction]]
     start = timer.now()
     program = jax.jit(call).lower(*arrays).compile()
     compile_s = timer.now() - start
     memory = program.memory_analysis()
     return Contender(
         run=lambda: program(*arrays).block_until_ready(),
-        value=lambda out: np.asarray(out).astype(np.float64).transpose(spec),
+        value=lambda out: np.asarray(out).astype(_exact_dtype(p)).transpose(spec),
         compile_s=compile_s,
         temp_bytes=None if memory is None else memory.temp_size_in_bytes,
     )
@@ -293,23 +303,46 @@ def contenders(
         found[f"lax {name}"] = lax_contender(timer, problem, direction, channel_last, values)
     dtype = getattr(torch, p.dtype.name)
     for name, memory_format in TORCH_FORMATS[p.spatial_rank].items():
-        found[f"torch {name}"] = torch_contender(problem, direction, memory_format, dtype, values)
+        if dtype.is_complex:
+            left_out[f"torch {name}"] = "its kernels take real numbers only"
+        else:
+            found[f"torch {name}"] = torch_contender(problem, direction, memory_format, dtype, values)
     return chosen, found, left_out
+
+
+def _exact_dtype(p: ConvProblem) -> type[np.generic]:
+    return np.complex128 if p.dtype.kind == "c" else np.float64
+
+
+def exact(problem: Problem, direction: str, values: Operands) -> np.ndarray:
+    """torch's result in float64; of complex operands, from the products of their parts."""
+
+    def of(values: Operands) -> np.ndarray:
+        contender = torch_contender(problem, direction, torch.contiguous_format, torch.float64, values)
+        return contender.value(contender.run())
+
+    if values.dtype.kind != "c":
+        return of(values)
+    first, second = GIVEN[direction]
+    parts = ((np.real, 1), (np.imag, 1j))
+    return sum(
+        a * b * of(values.taken({first: of_first, second: of_second}))
+        for (of_first, a), (of_second, b) in itertools.product(parts, parts)
+    )
 
 
 def measure(timer: timing.Timer, problem: Problem, direction: str) -> dict[str, Any]:
     """One row of the results."""
     values = Operands(problem.forward)
-    reference = torch_contender(problem, direction, torch.contiguous_format, torch.float64, values)
-    exact = reference.value(reference.run())
+    wanted = exact(problem, direction, values)
     chosen, found, left_out = contenders(timer, problem, direction, values)
-    largest = np.abs(exact).max()
+    largest = np.abs(wanted).max()
     errors, first = {}, {}
     for name, contender in found.items():
         start = timer.now()
         out = contender.run()
         first[name] = timer.now() - start
-        errors[name] = float(np.abs(contender.value(out) - exact).max() / largest)
+        errors[name] = float(np.abs(contender.value(out) - wanted).max() / largest)
     others = timing.Bystanders()
     times = timer.medians({name: c.run for name, c in found.items()}, first)
     return {
@@ -317,7 +350,7 @@ def measure(timer: timing.Timer, problem: Problem, direction: str) -> dict[str, 
         "class": problem.kind,
         "direction": direction,
         "geometry": str(problem.forward),
-        "flops": 2 * problem.forward.macs,
+        "flops": 2 * problem.forward.macs * (4 if values.dtype.kind == "c" else 1),
         "bytes": problem.bytes,
         "chosen": chosen.algorithm.name,
         "contenders": {

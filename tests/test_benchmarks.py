@@ -63,6 +63,14 @@ def test_contenders_compute_the_same(name, direction):
         assert found["ms"] > 0
 
 
+@pytest.mark.parametrize("direction", problems.DIRECTIONS)
+def test_complex_numbers_are_judged_by_their_parts(direction):
+    problem = next(p for p in problems.all_problems("complex64") if p.name == "dilated_conv:5")
+    row = problems.measure(TIMER, problem, direction)
+    assert {"xla", "lax channel-last"} <= set(row["contenders"]) and "torch contiguous" in row["left_out"]
+    assert all(found["error"] < 1e-5 for found in row["contenders"].values())
+
+
 def test_padding_that_torch_lacks():
     """TensorFlow's padding, larger on the high side: F.pad before, and what it added taken off the gradient."""
     whole = PROBLEMS["efficientdet:conv1"]

@@ -186,8 +186,8 @@ def within(algorithm: Algorithm, problem: ConvProblem, device: Device, limit: in
     fewest = max(1, -(-one.cost(p, device).workspace // limit))
     for bands in range(fewest, min(rows, _MOST_BANDS) + 1):
         if fits(InParts(algorithm, images, bands)):
-            # A few more, if they leave nothing over: rows that are filled up are copied and computed, too.
-            even = next((n for n in range(bands, bands * 3 // 2 + 1) if rows % n == 0), bands)
+            # Up to three times as many, if they leave nothing over: what fills rows up is copied and computed, too.
+            even = next((n for n in range(bands, bands * 3 + 1) if rows % n == 0), bands)
             return InParts(algorithm, images, even)
     return None
 
