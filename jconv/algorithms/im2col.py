@@ -65,7 +65,7 @@ class Im2col:
             efficiency = efficiency // (2 if width >= _WIDE else 5) + 1
         features = max(1, problem.lhs_shape[0 if problem.is_weight_gradient else 1] // problem.groups)
         by_rows = features >= _NARROW or not problem.is_weight_gradient
-        copied = columns * max(1, _WIDE // features) if by_rows else columns  # short rows are copied no faster
+        copied = columns * max(1, _WIDE // features) if by_rows else 2 * columns  # short rows are copied no faster
         return Cost(2 * problem.macs, operand_bytes(problem) + 2 * copied * size, columns * size, efficiency, kernels=3)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
