@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 from cases import CASES, CHANNEL_LAST, Case
-from tolerances import TOLERANCES, assert_close, bfloat16
+from tolerances import AS_USERS, TOLERANCES, assert_close, bfloat16
 
 import jconv
 from jconv import ALGORITHMS
@@ -101,7 +101,7 @@ def test_gradient(case, algorithm):
 
 
 def everything(case, conv):
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=AS_USERS)
     def run(x, w, dx, dw):
         def f(x, w):
             return conv(x, w, **case.arguments)
@@ -165,11 +165,13 @@ def test_widened(case, dtype):
         assert out.dtype == np.dtype(dtype)
         return np.abs(np.asarray(out, np.float64) - exact).max() / max(np.abs(exact).max(), 1e-30)
 
-    laxs = error(jax.lax.conv_general_dilated(lhs, rhs, **case.arguments))
+    stock = functools.partial(jax.lax.conv_general_dilated, **case.arguments)
+    laxs = error(jax.jit(stock, compiler_options=AS_USERS)(lhs, rhs))
     for name in ("im2col", "fold"):
         way = Widened(next(a for a in ALGORITHMS if a.name == name))
         if way.why_not(problem) is None:
-            ours = error(jax.jit(lambda lhs, rhs, way=way: way.run(problem, lhs, rhs))(lhs, rhs))
+            run = jax.jit(lambda lhs, rhs, way=way: way.run(problem, lhs, rhs), compiler_options=AS_USERS)
+            ours = error(run(lhs, rhs))
             assert ours <= laxs + TOLERANCES[name, "float32"], (name, ours, laxs)
 
 
@@ -301,7 +303,7 @@ def test_in_parts(case, algorithm, split):
     """Images and bands of rows, one after the other, are the whole."""
     lhs, rhs = case.operands(np.float32)
     problem = case.problem()
-    actual = jax.jit(lambda lhs, rhs: split.run(problem, lhs, rhs))(lhs, rhs)
+    actual = jax.jit(lambda lhs, rhs: split.run(problem, lhs, rhs), compiler_options=AS_USERS)(lhs, rhs)
     assert_close(actual, reference.convolve(problem, lhs, rhs), algorithm.name, np.float32, factor=2)
 
 
@@ -318,11 +320,11 @@ def test_bands_of_any_dtype(dtype, gradient):
         for shape, spec in ((problem.lhs_shape, layout.lhs_spec), (problem.rhs_shape, layout.rhs_spec))
     )
     in_bands, whole = (
-        jax.jit(lambda lhs, rhs, run=run: run(problem, lhs, rhs))(lhs, rhs)
-        for run in (InParts(im2col, 1, 3).run, im2col.run)
+        jax.jit(functools.partial(way.run, problem), compiler_options=AS_USERS).lower(lhs, rhs).compile()
+        for way in (InParts(im2col, 1, 3), im2col)
     )
-    np.testing.assert_array_equal(in_bands, whole)
-    text = jax.jit(lambda lhs, rhs: InParts(im2col, 1, 3).run(problem, lhs, rhs)).lower(lhs, rhs).compile().as_text()
+    np.testing.assert_array_equal(in_bands(lhs, rhs), whole(lhs, rhs))
+    text = in_bands.as_text()
     assert 'inlineable="false"' in text and " call(" in text
 
 
@@ -362,7 +364,8 @@ def test_channel_last_writes_out_the_padding_of_narrow_kernel_gradients(images, 
     g = rng.standard_normal(forward.physical_output_shape).astype(np.float32)
     gradient = weight_problem(forward)
     for problem in (gradient, gradient.replace(reversed=True)):
-        program = jax.jit(lambda lhs, rhs, problem=problem: channel_last.run(problem, lhs, rhs)).lower(x, g).compile()
+        run = jax.jit(functools.partial(channel_last.run, problem), compiler_options=AS_USERS)
+        program = run.lower(x, g).compile()
         assert_close(program(x, g), reference.convolve(problem, x, g), "channel_last", np.float32)
         # What XLA made of it: the padding of a convolution's window.
         assert ("pad=" in program.as_text()) != written_out
@@ -439,7 +442,8 @@ def test_depthwise_workspace_is_what_it_lays_out(gradient):
     depthwise = next(a for a in ALGORITHMS if a.name == "depthwise")
     transposed = input_problem(_problem((4, 32, 32, 16), (3, 3, 1, 16), (2, 2), groups=16))
     problem = weight_problem(transposed) if gradient else transposed
-    program = jax.jit(lambda lhs, rhs: depthwise.run(problem, lhs, rhs)).lower(*_operands(problem)).compile()
+    run = jax.jit(functools.partial(depthwise.run, problem), compiler_options=AS_USERS)
+    program = run.lower(*_operands(problem)).compile()
     counted, used = depthwise.cost(problem, device_for("cpu")).workspace, program.memory_analysis().temp_size_in_bytes
     assert counted <= 1.1 * used and used <= 1.5 * counted
 
@@ -500,7 +504,7 @@ def test_the_default_is_as_accurate_as_lax(name, dtype):
     rng = np.random.default_rng(3)
 
     def error(problem, wide, lhs, rhs, algorithm):
-        run = jax.jit(lambda lhs, rhs: jconv.convolve.convolve(lhs, rhs, problem, algorithm))
+        run = jax.jit(lambda lhs, rhs: jconv.convolve.convolve(lhs, rhs, problem, algorithm), compiler_options=AS_USERS)
         exact = jax.jit(lambda lhs, rhs: jconv.convolve.convolve(lhs, rhs, wide, "xla"))
         expected = np.asarray(exact(lhs.astype(np.float64), rhs.astype(np.float64)))
         return np.abs(np.asarray(run(lhs, rhs), np.float64) - expected).max() / np.abs(expected).max()

@@ -9,6 +9,10 @@ import numpy as np
 
 from jconv.parity.tolerances import TOLERANCES
 
+# compiler_options: XLA's default, which conftest.py changes, for programs whose rounding, memory or text is looked at and
+# for the gradients of every algorithm.
+AS_USERS = {"xla_cpu_use_fusion_emitters": True}
+
 
 def assert_close(actual: Any, expected: Any, algorithm: str, dtype: Any, factor: float = 1.0) -> None:
     """Within the table's bound; ``factor`` counts the convolutions in a row that lead to the value."""
