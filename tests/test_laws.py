@@ -127,14 +127,17 @@ def test_adjoint(case, algorithm, dtype):
     """<conv(x, w), g> == <x, conv_input(g, w)> == <w, conv_weight(x, g)>, in integers: exactly."""
     problem = case.problem(dtype)
     x, w = case.operands(dtype)
-    y = np.asarray(jconv.conv_general_dilated(x, w, **case.arguments, algorithm=algorithm))
-    g = np.random.default_rng(7).integers(-4, 5, y.shape).astype(dtype)
-    named = {
-        "input": algorithm if algorithm.why_not(input_problem(problem)) is None else "auto",
-        "weight": algorithm if algorithm.why_not(weight_problem(problem)) is None else "auto",
-    }
-    gx = np.asarray(input_gradient(g, w, problem, named["input"]))
-    gw = np.asarray(weight_gradient(x, g, problem, named["weight"]))
+    g = np.random.default_rng(7).integers(-4, 5, problem.physical_output_shape).astype(dtype)
+    for_input, for_weight = (
+        algorithm if algorithm.why_not(of(problem)) is None else "auto" for of in (input_problem, weight_problem)
+    )
+
+    @jax.jit
+    def run(x, w, g):
+        y = jconv.conv_general_dilated(x, w, **case.arguments, algorithm=algorithm)
+        return y, input_gradient(g, w, problem, for_input), weight_gradient(x, g, problem, for_weight)
+
+    y, gx, gw = (np.asarray(a) for a in run(x, w, g))
     assert gx.shape == x.shape and gw.shape == w.shape
     assert np.vdot(y, g) == np.vdot(x, gx) == np.vdot(w, gw)
 
