@@ -203,7 +203,7 @@ def lax_contender(
 def _compiled(
     timer: timing.Timer, p: ConvProblem, direction: str, call: Callable[..., jax.Array], values: Operands
 ) -> Contender:
-    specs = dict(zip(("lhs", "rhs", "grad"), p.layout, strict=True))
+    specs: dict[str, tuple[int, ...]] = dict(zip(("lhs", "rhs", "grad"), p.layout, strict=True))
     (spec,) = (spec for name, spec in specs.items() if name not in GIVEN[direction])
     arrays = [values.placed(name, specs[name]) for name in GIVEN[direction]]
     start = timer.now()
@@ -325,10 +325,11 @@ def exact(problem: Problem, direction: str, values: Operands) -> np.ndarray:
         return of(values)
     first, second = GIVEN[direction]
     parts = ((np.real, 1), (np.imag, 1j))
-    return sum(
+    terms = [
         a * b * of(values.taken({first: of_first, second: of_second}))
         for (of_first, a), (of_second, b) in itertools.product(parts, parts)
-    )
+    ]
+    return np.sum(terms, axis=0)
 
 
 def measure(timer: timing.Timer, problem: Problem, direction: str) -> dict[str, Any]:

@@ -124,6 +124,11 @@ CASES: tuple[Case, ...] = (
     C("dilated_2d:two", (2, 3, 9, 9), (4, 3, 3, 3), padding=((2, 2), (2, 2)), rhs_dilation=(2, 2)),
     C("dilated_2d:uneven_stride", (2, 3, 10, 9), (4, 3, 3, 2), (2, 1), "SAME", rhs_dilation=(2, 3)),
     C("dilated_3d:two", (1, 2, 6, 6, 5), (3, 2, 2, 2, 2), rhs_dilation=(2, 1, 2)),
+    # kernel gradients that shift the cotangent, and groups in one loop
+    C("shifted_2d:dilated", (2, 16, 9, 10), (8, 16, 3, 3), padding="SAME", rhs_dilation=(2, 2)),
+    C("shifted_3d:narrow", (1, 8, 3, 4, 5), (4, 8, 3, 3, 3), padding="SAME"),
+    C("shifted_groups_2d:dilated", (2, 16, 9, 11), (16, 4, 3, 3), padding="SAME", rhs_dilation=(1, 2), feature_groups=4),
+    C("strided_groups_2d:of_three", (2, 6, 9, 8), (4, 3, 3, 3), (2, 2), ((1, 1), (1, 1)), feature_groups=2),
     # pointwise
     C("pointwise_0d:matmul", (3, 4), (5, 4)),
     C("pointwise_1d:plain", (2, 5, 9), (7, 5, 1)),
@@ -200,6 +205,8 @@ CASES: tuple[Case, ...] = (
     C("edge_2d:window_beyond_input", (2, 3, 2, 2), (4, 3, 5, 5), padding=((3, 3), (3, 3))),
     C("edge_2d:padding_only_windows", (1, 2, 3, 3), (2, 2, 2, 2), padding=((3, 0), (0, 4))),
     C("edge_1d:no_batch", (0, 3, 8), (4, 3, 3)),
+    C("edge_2d:no_features", (2, 2, 5, 5), (0, 2, 4, 4)),
+    C("edge_2d:no_features_of_a_point", (2, 2, 4, 4), (0, 2, 1, 1)),
     C("edge_2d:no_output", (2, 3, 3, 3), (4, 3, 5, 2)),
     # these once failed
     C("once_2d:crop_one_side_pad_the_other", (1, 8, 9, 8), (8, 8, 3, 3), padding=((0, 0), (-1, 1))),

@@ -199,9 +199,9 @@ def test_not_vacuous():
     """Each algorithm serves at least this many of the cases."""
     served = {a.name: sum(a.why_not(c.problem()) is None for c in CASES) for a in ALGORITHMS}
     assert served["xla"] == len(CASES) >= 60
-    assert served["im2col"] >= len(CASES) - 2
+    assert served["im2col"] >= len(CASES) - 4
     least = {
-        "pointwise": 10, "patches": 3, "direct": 70, "winograd": 20, "winograd4": 20, "fold": 25, "fft": 8, "volume": 8,
+        "pointwise": 10, "patches": 3, "direct": 60, "winograd": 20, "winograd4": 20, "fold": 25, "fft": 8, "volume": 8,
         "phase": 8, "subpixel": 5, "depthwise": 14, "grouped": 12, "groupwise": 14, "groupwise_winograd": 6, "channel_last": 90,
     }  # fmt: skip
     assert all(served[name] >= count for name, count in least.items()), served
@@ -390,6 +390,18 @@ def test_the_workspace_limit_splits():
     assert within(im2col, problem, spread, whole // 8) == im2col and within(im2col, problem, spread, whole // 9) is None
 
 
+def test_parts_keep_to_the_limit_and_to_what_the_algorithm_serves():
+    """Bands can be so low that a part's window is no larger than its result, which makes it another kind of problem."""
+    odd = weight_problem(_problem((1, 22, 38, 256), (9, 9, 256, 64), padding="VALID"))
+    for problem in (odd, *(turn(p) for p in SIZED.values() for turn in (lambda p: p, input_problem, weight_problem))):
+        for algorithm in (a for a in ALGORITHMS if a.why_not(problem) is None):
+            for limit in (1 << 16, 1 << 18, 1 << 21):
+                found = within(algorithm, problem, device_for("cpu"), limit)
+                if found is not None:
+                    assert found.why_not(problem) is None
+                    assert found.cost(problem, device_for("cpu")).workspace <= limit
+
+
 def test_parts_that_fit_the_cache():
     """Temporaries are made smaller than the limit asks where that is estimated to be faster."""
     problem = _problem((1, 112, 112, 64), (3, 3, 64, 128))
@@ -467,7 +479,7 @@ def test_a_kernel_gradient_needs_no_columns_for_the_last_axis(name, groups):
 
 
 def test_groups_of_few_features_are_read_where_they_lie():
-    """direct copies nothing, where a block of groups has columns."""
+    """direct pads the input, where a block of groups has columns."""
     problem = _problem((2, 32, 32, 64), (3, 3, 4, 64), groups=16)
     direct = next(a for a in ALGORITHMS if a.name == "direct")
     run = jax.jit(functools.partial(direct.run, problem), compiler_options=AS_USERS)

@@ -485,6 +485,15 @@ def test_export_with_symbolic_batch(algorithm, autodiff, groups):
         check(artifact.call(x[:n], w), step(x[:n], w))
 
 
+def test_export_of_a_window_larger_than_its_result_with_symbolic_batch():
+    """Which looks like a kernel gradient whose input features are a symbol."""
+    (b,) = jax.export.symbolic_shape("b")
+    x, w = arrays((3, 6, 6, 2), (6, 6, 2, 4))
+    f = lambda x, w: jconv.conv_general_dilated(x, w, (1, 1), ((1, 1), (1, 1)), dimension_numbers=NHWC)  # noqa: E731
+    artifact = exported(f, jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype), jax.ShapeDtypeStruct(w.shape, w.dtype))
+    check(artifact.call(x, w), f(x, w))
+
+
 def test_export_with_symbolic_image():
     """Sizes of an image unknown until the call: lax's convolution, which can."""
     b, h = jax.export.symbolic_shape("b, h")

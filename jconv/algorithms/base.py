@@ -160,6 +160,20 @@ def strided(
     return lax.slice(x, low, high, step)
 
 
+def shifts(problem: ConvProblem) -> tuple[int, int]:
+    """Of a kernel gradient as one product: the taps of the last axis for which the cotangent is :func:`shifted`, and the places
+    along that axis that are summed over; (1, its own) where columns of the input for those taps take fewer bytes."""
+    if problem.spatial_rank == 0:
+        return 1, 1
+    (*others, taps), places = problem.output_shape[2:], problem.window[-1]
+    features, outputs = problem.lhs_shape[0] // problem.batch_groups, problem.rhs_shape[0] // problem.groups
+    reached = places + (taps - 1) * problem.strides[-1]
+    columns = reached * (prod(others) * features + taps * outputs)
+    if problem.rhs_dilation[-1] == 1 and columns < places * prod(others) * taps * features:
+        return taps, reached
+    return 1, places
+
+
 def shifted(g: jax.Array, taps: int, step: int) -> jax.Array:
     """A channel-last cotangent without strides along its last spatial axis, moved by 0, step, ... places along it, side by
     side: what the columns of an input meet that were made for no tap of that axis."""

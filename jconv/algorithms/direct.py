@@ -21,7 +21,6 @@ from jconv.algorithms.base import (
     strided,
     summed,
     taps,
-    unreversed,
 )  # fmt: skip
 from jconv.device import Device
 from jconv.problem import ConvProblem, is_static
@@ -34,8 +33,8 @@ _CACHED_BYTES = 48 << 10  # of weights, in the first-level cache
 
 @dataclass(frozen=True)
 class Direct:
-    """Few input features in all (the first layer of a network) or a group, and a small window: one fused loop without a
-    copy, in which each feature of a group is read for all outputs of the group."""
+    """Few input features in all (the first layer of a network) or a group, and a small window: one fused loop over the padded
+    input, in which each feature of a group is read for all outputs of the group."""
 
     name: str = "direct"
     accuracy: Accuracy = "direct"
@@ -45,6 +44,8 @@ class Direct:
             return f"needs one batch group, got {problem.batch_groups}"
         if problem.groups == 1 and any(d > 1 for d in problem.lhs_dilation):
             return f"needs groups or an input without holes, got lhs_dilation {problem.lhs_dilation}"
+        if problem.groups > 1 and problem.rhs_shape[:2] == (problem.groups, 1):
+            return "needs groups of more than one feature, got depthwise ones"
         refusal = refuse_unsized(problem)
         if refusal is None and not is_static(*problem.rhs_shape):
             return "needs the number of products for an output to be known, not a symbol"
@@ -71,7 +72,6 @@ class Direct:
         )
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        problem, rhs = unreversed(problem, rhs)
         has_holes = prod(problem.lhs_dilation) > 1
         return by_phase(problem, lhs, rhs, _convolved) if has_holes else _convolved(problem, lhs, rhs)
 

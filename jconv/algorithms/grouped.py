@@ -4,7 +4,8 @@ A block is one group, or as many narrow ones as fill a vector, with zeros off th
 or an infinity reaches the groups of its block). The slices of a block's input lie side by side, for all taps or,
 without a stride, for all but those of the first axis: then one product gives the terms of every tap t of that axis, and
 y[i] = sum over t of product[i + t d, t] adds them, shifted. In a kernel gradient the columns meet the cotangent, which is
-shifted, once for each t, where the forward direction has no stride along that axis: fewer columns than one for each tap.
+shifted by the taps of the last axis where the forward direction has no stride along it and that takes fewer columns. Zeros
+beside it meet places that those taps do not read: a NaN or an infinity of the input reaches them, too.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from jconv.algorithms.base import (
     pad_and_dilate,
     refuse_unsized,
     shifted,
+    shifts,
     summed,
     unreversed,
 )
@@ -65,8 +67,10 @@ class Grouped:
         q, features, outputs = _block(problem)
         gradient, taps = problem.batch_groups > 1, prod(_window(problem))
         images, each = problem.lhs_shape[1 if gradient else 0], _column_bytes(problem)
+        flops = 2 * problem.macs * q // (1 if gradient else prod(problem.lhs_dilation))
         if gradient:
-            fold = _window(problem)[-1] if _folds(problem) else 1
+            fold, places = shifts(problem)
+            flops = flops * places // (*problem.window, 1)[problem.spatial_rank - 1]
             height, width = fold * q * outputs, taps // fold * q * features
             efficiency = 900 * height // (height + 16) * width // (width + 16)
         else:
@@ -74,7 +78,7 @@ class Grouped:
         # Slices of the operands are copied, and the results of the blocks lie one after the other before they are merged.
         apart = prod(problem.output_shape) * problem.out_dtype.itemsize
         return Cost(
-            2 * problem.macs * q // (1 if gradient else prod(problem.lhs_dilation)),
+            flops,
             2 * operand_bytes(problem) + (2 * images * each * problem.groups if taps > 1 else 0) + apart,
             each * _images(images, each * q) * q + apart,
             efficiency + 1,
@@ -108,23 +112,20 @@ def _block(problem: ConvProblem) -> tuple[int, int, int]:
 
 
 def _folds(problem: ConvProblem) -> bool:
-    """Whether the taps of the first axis, in a kernel gradient of the last, are no columns of the input."""
-    if problem.spatial_rank == 0:
-        return False
-    if problem.batch_groups > 1:
-        return problem.rhs_dilation[-1] == 1
+    """Whether the taps of the first axis are no columns of the input."""
     q, features, _ = _block(problem)
-    return problem.strides[0] == 1 and q * features < _NARROW
+    return problem.spatial_rank > 0 and problem.strides[0] == 1 and q * features < _NARROW
 
 
 def _column_bytes(problem: ConvProblem) -> int:
     """Bytes of the columns of one image and one group."""
     _, features, outputs = _block(problem)
-    gradient, window = problem.batch_groups > 1, _window(problem)
-    positions = prod((problem.rhs_shape if gradient else problem.output_shape)[2:])
-    fold = window[-1 if gradient else 0] if _folds(problem) else 1
-    shifted = fold * outputs if gradient and fold > 1 else 0
-    return positions * (prod(window) // fold * features + shifted) * problem.dtype.itemsize
+    taps, size = prod(_window(problem)), problem.dtype.itemsize
+    if problem.batch_groups == 1:
+        return prod(problem.output_shape[2:]) * taps // (problem.window[0] if _folds(problem) else 1) * features * size
+    fold, places = shifts(problem)
+    cotangent = fold * outputs if fold > 1 else 0
+    return prod(problem.window[:-1]) * places * (taps // fold * features + cotangent) * size
 
 
 def _images(batch: int, bytes_each: int) -> int:
@@ -183,10 +184,9 @@ def _kernel_gradient(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> ja
     q, features, outputs = _block(problem)
     blocks, window, batch = problem.groups // q, _window(problem), problem.lhs_shape[1]
     sizes, taps = list(problem.window), [range(k) for k in window]
-    fold = window[-1] if _folds(problem) else 1
+    fold, places = shifts(problem)
     if fold > 1:
-        sizes[-1] += (fold - 1) * problem.strides[-1]
-        taps[-1] = range(1)
+        sizes[-1], taps[-1] = places, range(1)
     images = _images(batch, _column_bytes(problem) * q)
 
     def part(b: jax.Array, i: jax.Array) -> jax.Array:

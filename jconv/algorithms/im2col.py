@@ -24,11 +24,12 @@ from jconv.algorithms.base import (
     pad_and_dilate,
     refuse_unsized,
     shifted,
+    shifts,
     strided,
     taps,
 )  # fmt: skip
 from jconv.device import Device
-from jconv.problem import ConvProblem
+from jconv.problem import ConvProblem, is_static
 
 _MOST_SLICES = 256
 _NARROW = 8  # features below which rows of them are too short to copy one by one
@@ -37,21 +38,27 @@ _WIDE = 32
 
 @dataclass(frozen=True)
 class Im2col:
-    """Slices of the input side by side, then one product."""
+    """Slices of the input side by side, then one product. In a kernel gradient that shifts the cotangent (``base.shifts``) a NaN
+    or an infinity of the input reaches the taps beside those that read it."""
 
     name: str = "im2col"
     accuracy: Accuracy = "direct"
 
     def why_not(self, problem: ConvProblem) -> str | None:
         refusal = refuse_unsized(problem)
+        if refusal is None and problem.is_weight_gradient and not is_static(problem.lhs_shape[0]):
+            return "needs the features of a kernel gradient's input to be a number, not a symbol"
         if refusal is None and _slices(problem) > _MOST_SLICES:
             return f"needs at most {_MOST_SLICES} slices of lhs, got {_slices(problem)}"
         return refusal
 
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
-        size, slices = problem.dtype.itemsize, _slices(problem)
+        size, slices, flops = problem.dtype.itemsize, _slices(problem), 2 * problem.macs
         if problem.is_weight_gradient:
-            rows, fold = prod(problem.rhs_shape[1:]), _fold(problem)
+            fold, places = _shifts(problem)
+            own = (1, *problem.window)[-1]
+            rows = prod(problem.rhs_shape[1:]) // own * places
+            flops = flops // own * places
             narrow, width = problem.lhs_shape[0] // problem.batch_groups, problem.rhs_shape[0] // problem.groups
             height, width, depth = narrow * slices // fold, width * fold, rows
             columns = rows * problem.batch_groups * (height + (width if fold > 1 else 0))
@@ -65,8 +72,10 @@ class Im2col:
             efficiency = efficiency // (2 if width >= _WIDE else 5) + 1
         features = max(1, problem.lhs_shape[0 if problem.is_weight_gradient else 1] // problem.groups)
         by_rows = features >= _NARROW or not problem.is_weight_gradient
-        copied = columns * max(1, _WIDE // features) if by_rows else 2 * columns  # short rows are copied no faster
-        return Cost(2 * problem.macs, operand_bytes(problem) + 2 * copied * size, columns * size, efficiency, kernels=3)
+        copied = columns * (
+            max(1, _WIDE // features) if by_rows else 2
+        )  # short rows, and single features, are copied slowly
+        return Cost(flops, operand_bytes(problem) + 2 * copied * size, columns * size, efficiency, kernels=3)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         if not problem.is_weight_gradient:
@@ -102,27 +111,25 @@ def _by_column(problem: ConvProblem, x: jax.Array, w: jax.Array) -> jax.Array:
     return from_channel_last(problem, y)
 
 
-def _fold(problem: ConvProblem) -> int:
-    """Taps of the last axis, where it takes fewer columns to shift the cotangent by them."""
-    if (
-        problem.groups > 1
-        or problem.lhs_shape[0] < _NARROW
-        or problem.spatial_rank == 0
-        or problem.rhs_dilation[-1] > 1
-    ):
-        return 1
-    taps, last = prod(problem.output_shape[2:]), problem.output_shape[-1]
-    spared = (taps - taps // last) * problem.lhs_shape[0]
-    return last if last * problem.rhs_shape[0] < spared else 1
+def _shifts(problem: ConvProblem) -> tuple[int, int]:
+    """As :func:`shifts`; none where the columns are rows of single features, or groups that are not laid out."""
+    if problem.groups > 1 or problem.lhs_shape[0] < _NARROW:
+        return 1, (1, *problem.window)[-1]
+    return shifts(problem)
 
 
 def _kernel_gradient(problem: ConvProblem, x: jax.Array, g: jax.Array) -> jax.Array:
-    """columns[m, tap, c] . g[m, o], with m over batch and positions; with :func:`_fold`, columns[m, tap, c] . g[m, last tap, o]."""
-    spatial, result, fold = tuple(range(1, problem.spatial_rank + 1)), list(problem.output_shape[2:]), _fold(problem)
-    sizes = list(problem.window)
+    """columns[m, tap, c] . g[m, o], with m over batch and positions; or, with the cotangent shifted by the taps of the last
+    axis, columns[m, tap of the others, c] . g[m, last tap, o]."""
+    spatial, result, sizes = (
+        tuple(range(1, problem.spatial_rank + 1)),
+        list(problem.output_shape[2:]),
+        list(problem.window),
+    )
+    fold, places = _shifts(problem)
     if fold > 1:
         g = shifted(g, fold, problem.strides[-1])
-        sizes[-1], result[-1] = g.shape[-2], 1
+        sizes[-1], result[-1] = places, 1
     x = pad_and_dilate(problem, x, spatial)
     starts = [tuple(t * s for t, s in zip(tap, problem.strides, strict=True)) for tap in np.ndindex(*result)]
     features = x.shape[-1]

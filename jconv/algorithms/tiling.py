@@ -185,10 +185,10 @@ def within(algorithm: Algorithm, problem: ConvProblem, device: Device, limit: in
         return None
     fewest = max(1, -(-one.cost(p, device).workspace // limit))
     for bands in range(fewest, min(rows, _MOST_BANDS) + 1):
-        if fits(InParts(algorithm, images, bands)):
+        if fits(split := InParts(algorithm, images, bands)):
             # Up to three times as many, if they leave nothing over: what fills rows up is copied and computed, too.
-            even = next((n for n in range(bands, bands * 3 + 1) if rows % n == 0), bands)
-            return InParts(algorithm, images, even)
+            even = (InParts(algorithm, images, n) for n in range(bands, 3 * bands + 1) if rows % n == 0)
+            return next(filter(fits, even), split)
     return None
 
 

@@ -186,6 +186,8 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
     kernel gradients above all, and windows of three axes are loops that nothing has optimised; there holes in
     lhs are multiplied like data.
     """
+    if problem.is_empty:
+        return 1
     out, depth = problem.rhs_shape[0], prod(problem.rhs_shape[1:])
     if problem.batch_groups > 1:
         return max(1, 150 // problem.groups**2)
