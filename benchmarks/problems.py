@@ -203,7 +203,7 @@ def lax_contender(
 def _compiled(
     timer: timing.Timer, p: ConvProblem, direction: str, call: Callable[..., jax.Array], values: Operands
 ) -> Contender:
-    specs: dict[str, tuple[int, ...]] = dict(zip(("lhs", "rhs", "grad"), p.layout, strict=True))
+    specs: dict[str, Sequence[int]] = {"lhs": p.layout.lhs_spec, "rhs": p.layout.rhs_spec, "grad": p.layout.out_spec}
     (spec,) = (spec for name, spec in specs.items() if name not in GIVEN[direction])
     arrays = [values.placed(name, specs[name]) for name in GIVEN[direction]]
     start = timer.now()
