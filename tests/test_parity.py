@@ -215,6 +215,16 @@ MISTAKES = {
     "stride missing": (
         "stride missing", "piece", tn.Conv2d(8, 8, 3, 2, padding=1), lambda: ours3(), None
     ),
+    "dilation missing, with the padding of none": (
+        "dilation", "piece", tn.Conv2d(8, 8, 3, padding=2, dilation=2), lambda: jnn.Conv2d(8, 8, 3, padding=1, rngs=R), None
+    ),
+    "dilation missing, reflected": (
+        "dilation", "piece", tn.Conv2d(8, 8, 3, padding="same", dilation=2, padding_mode="reflect"),
+        lambda: jnn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect", rngs=R), None
+    ),
+    "dilation too many": (
+        "dilation", "piece", tn.Conv2d(8, 8, 3, padding=1), lambda: jnn.Conv2d(8, 8, 3, padding=2, dilation=2, rngs=R), None
+    ),
     "dilation missing": (
         "dilation missing", "piece", tn.Conv2d(8, 8, 3, padding=1, dilation=2), lambda: ours3(), None
     ),

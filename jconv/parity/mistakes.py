@@ -368,6 +368,24 @@ def _conv_padding(call: Call) -> Iterator[Change]:
                 f"the {name} is 1, and PyTorch has {name}={call.given[name]!r}",
                 lambda name=name: call.again(**{name: 1}),
             )
+    if not isinstance(call.padding, str):
+        yield from _other_dilation(call, dilation, _ints(call.padding, n))
+
+
+def _other_dilation(call: Call, dilation: tuple[int, ...], padding: tuple[int, ...]) -> Iterator[Change]:
+    """With the padding that gives the same size; what was padded before the call is cropped."""
+    window = call.weight.shape[2:]
+    others = [(1,) * len(window)] if any(d != 1 for d in dilation) else [(d,) * len(window) for d in (2, 3)]
+    for other in others:
+        added = [(k - 1) * (o - d) for k, o, d in zip(window, other, dilation, strict=True)]
+        if not any(added) or any(a % 2 for a in added):
+            continue
+        pads = [(p + a // 2, p + a // 2) for p, a in zip(padding, added, strict=True)]
+        yield Change(
+            "dilation",
+            f"the dilation is {other}, with the padding that keeps the size, and PyTorch has dilation={dilation}",
+            lambda other=other, pads=pads: call.again(input=_padded(call.input, pads), padding=0, dilation=other),
+        )
 
 
 def _transposed_padding(call: Call) -> Iterator[Change]:
@@ -474,8 +492,8 @@ def _batch_statistics(call: Call) -> Iterator[Change]:
     if not call.training:
         yield Change(
             "BatchNorm in train mode",
-            "BatchNorm uses the statistics of the batch, and PyTorch its running ones; call model.eval(), or in Linen pass "
-            "use_running_average=True",
+            "BatchNorm uses the statistics of the batch, and PyTorch its running ones; call model.eval(), in Linen pass "
+            "use_running_average=True, or hold both in train mode with train=True",
             lambda: call.again(running_mean=None, running_var=None, training=True),
         )
     elif call.running_mean is not None:

@@ -258,7 +258,7 @@ class Report:
         if self.ok:
             return f"Equal within rounding: {counted}."
         failed = sum(not row.ok for row in self.rows)
-        return f"First divergent: {self.first_divergent}. {failed} of {len(self.rows)} rows differ ({counted})."
+        return f"First divergent: {self.first_divergent}. {failed} of {len(self.rows)} rows differ (of {counted})."
 
     def __str__(self) -> str:
         return "\n".join([self.verdict, *row_lines(self.rows), *self._ends()])
