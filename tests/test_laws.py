@@ -390,6 +390,19 @@ def test_the_workspace_limit_splits():
     assert within(im2col, problem, spread, whole // 8) == im2col and within(im2col, problem, spread, whole // 9) is None
 
 
+@pytest.mark.parametrize("dtype", (np.float16, bfloat16), ids=name_of)
+def test_a_plan_computes_16_bits_in_32(dtype):
+    problem = SIZED["3x3"].replace(dtype=np.dtype(dtype))
+    for posed in (problem, input_problem(problem), weight_problem(problem)):
+        chosen = plan(posed, "cpu")
+        program = jax.jit(functools.partial(chosen.runner.run, posed)).lower(*_operands(posed)).as_text()
+        products = [
+            line for line in program.splitlines() if "stablehlo.dot_general" in line or "stablehlo.convolution" in line
+        ]
+        assert products and not any("f16" in line for line in products)
+        assert "in float32" in str(chosen)
+
+
 def test_parts_keep_to_the_limit_and_to_what_the_algorithm_serves():
     """Bands can be so low that a part's window is no larger than its result, which makes it another kind of problem."""
     odd = weight_problem(_problem((1, 22, 38, 256), (9, 9, 256, 64), padding="VALID"))
