@@ -109,7 +109,7 @@ class Winograd:
         moved = operand_bytes(problem) + 7 * stored // 4
         if other > 1 and not problem.is_weight_gradient:  # products of the other axis's taps are written and added up
             moved += 3 * other * components * rows * out * problem.dtype.itemsize
-            efficiency = efficiency * (1 if problem.reversed else 3) // (2 if problem.reversed else 4)
+            efficiency = efficiency * 3 // 4
         return Cost(flops, moved, stored, efficiency * rows // (rows + 32) + 1, kernels=7 + 2 * other)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
