@@ -142,7 +142,10 @@ def beside_time(data: dict[str, Any]) -> Grid:
         if not here:
             continue
         for library in ("jconv", "lax", "torch"):
-            found = [r["contenders"][best(r, library)] for r in here]  # pyright: ignore[reportArgumentType]
+            names = [best(r, library) for r in here]
+            if None in names:
+                continue
+            found = [r["contenders"][name] for r, name in zip(here, names, strict=True)]
             errors = [c["error"] for c in found]
             compiles = [c["compile_s"] for c in found if c["compile_s"] is not None]
             temps = [c["temp_bytes"] for c in found if c["temp_bytes"] is not None]
@@ -311,6 +314,7 @@ def scatter(data: dict[str, Any], path: Path) -> Path:
     figure, panels = plt.subplots(1, 2, figsize=(13, 6.4), sharey=True, layout="constrained")
     rows = list(data["rows"].values())
     times = [ms(r, library) for r in rows for library in ("jconv", "torch", "lax")]
+    times = [t for t in times if not math.isnan(t)]
     ends = (0.7 * min(times), 1.4 * max(times))
     for axes, library in zip(panels, ("torch", "lax"), strict=True):
         for r in rows:

@@ -176,7 +176,9 @@ def _slower(dtype: np.dtype) -> int:
     """How much further behind a matrix product than in float32: its fast convolutions know nothing else."""
     if dtype.kind in "iu":
         return 12
-    return 1 if dtype.itemsize <= 4 and dtype.kind != "c" else 3
+    if dtype.kind == "c":
+        return 6 * dtype.itemsize // 8
+    return 1 if dtype.itemsize <= 4 else 3
 
 
 def _cpu_efficiency(problem: ConvProblem) -> int:
