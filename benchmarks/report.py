@@ -236,7 +236,11 @@ def short(files: list[dict[str, Any]]) -> str:
 def circumstances(files: list[dict[str, Any]]) -> str:
     """The machine, what stood in the environment, and whose code it was."""
     where = {(f"{c['cpu']}", str(c["malloc"])) for c in (data["conditions"] for data in files)}
-    whose = sorted({row["state"] for data in files for row in data["rows"].values()})
+    versions: dict[str, list[str]] = {}
+    for state in sorted({row["state"] for data in files for row in data["rows"].values()}):
+        version, _, source = state.rpartition(", source ")
+        versions.setdefault(version, []).append(source)
+    whose = [f"{version}, source {', '.join(sources)}" for version, sources in versions.items()]
     places = "; ".join(f"{cpu}, allocator {malloc}" for cpu, malloc in sorted(where))
     return f"Measured on {places}. Code: {'; '.join(whose)}."
 

@@ -64,11 +64,16 @@ def test_contenders_compute_the_same(name, direction):
 
 
 @pytest.mark.parametrize("direction", problems.DIRECTIONS)
-def test_complex_numbers_are_judged_by_their_parts(direction):
+def test_complex_numbers_are_judged_by_their_parts(direction, tmp_path):
     problem = next(p for p in problems.all_problems("complex64") if p.name == "dilated_conv:5")
     row = problems.measure(TIMER, problem, direction)
     assert {"xla", "lax channel-last"} <= set(row["contenders"]) and "torch contiguous" in row["left_out"]
     assert all(found["error"] < 1e-5 for found in row["contenders"].values())
+    conditions = {"dtype": "complex64", "threads": 1, "clock": "process CPU time"}
+    data = {"conditions": conditions, "roofline": {"gflops": 100, "gbytes": 10}, "rows": {"one": row}}
+    assert [line[1] for line in report.beside_time(data).rows] == ["jconv", "lax"]
+    assert "nan" in report.summary(data).markdown()
+    assert report.scatter(data, tmp_path / "scatter.png").stat().st_size > 0
 
 
 def test_padding_that_torch_lacks():
