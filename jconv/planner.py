@@ -21,7 +21,7 @@ from jconv.problem import ConvProblem, is_static
 from jconv.store import Pairs, calibrated, measured
 
 _BATCH_GUESS = 8
-_COMPLEX = 16  # how much slower XLA:CPU's products of complex matrices are; its convolutions of them are 6 times slower
+_COMPLEX = 16  # how much slower XLA:CPU's products and loops of complex numbers are; its convolutions are 6 times slower
 _XLA = ALGORITHMS[-1]
 
 
@@ -245,7 +245,7 @@ def _time_ns(problem: ConvProblem, cost: Cost, device: Device) -> int:
     products and convolutions hardly faster than one. What is moved beyond the operands and the result are temporaries: if
     they stay in the cache, up to three times as fast."""
     rate = {"dot": device.dot, "conv": device.conv, "vector": device.vector, "fft": device.fft}[cost.unit]
-    if cost.unit == "dot" and problem.dtype.kind == "c":
+    if cost.unit in ("dot", "vector") and problem.dtype.kind == "c":
         rate = rate // _COMPLEX + 1
     threads = min(device.threads, cost.threads or device.threads)
     arithmetic = 1000 * cost.flops // (rate * cost.efficiency * threads)
