@@ -21,7 +21,7 @@ from jconv.problem import ConvProblem, is_static
 from jconv.store import Pairs, calibrated, measured
 
 _BATCH_GUESS = 8
-_COMPLEX = 16  # how much slower XLA:CPU's products and loops of complex numbers are; its convolutions are 6 times slower
+_COMPLEX = 16  # how much slower XLA:CPU's products and loops of complex numbers are
 _XLA = ALGORITHMS[-1]
 
 
