@@ -501,6 +501,18 @@ def test_groups_of_few_features_are_read_where_they_lie():
     assert plan(problem, "cpu").algorithm.name == "direct"
 
 
+def test_direct_counts_the_phases_that_holes_make():
+    """Each is two loops, and all of them lie apart before they interleave."""
+    forward = _problem((2, 32, 32, 64), (3, 3, 4, 64), (2, 2), groups=16)
+    problem = input_problem(forward)
+    direct = next(a for a in ALGORITHMS if a.name == "direct")
+    run = jax.jit(functools.partial(direct.run, problem), compiler_options=AS_USERS)
+    used = run.lower(*_operands(problem)).compile().memory_analysis().temp_size_in_bytes
+    counted = direct.cost(problem, device_for("cpu"))
+    assert used <= 1.1 * counted.workspace and counted.workspace <= 2 * used
+    assert counted.kernels == 8 and direct.cost(forward, device_for("cpu")).kernels == 2
+
+
 def test_devices_share_the_workspace():
     """What a partitioner spreads over eight devices may take eight times the limit, whole; on one it needs parts."""
     problem, device = _problem((8, 112, 112, 64), (3, 3, 64, 64)), replace(device_for("cpu"), threads=1)

@@ -62,14 +62,12 @@ class Direct:
             efficiency = 500 * gcd(width // problem.groups, _LANES) // _LANES
             if prod(problem.rhs_shape) * accumulator(problem).itemsize > _CACHED_BYTES:
                 efficiency //= 2
+        phases = prod(problem.lhs_dilation)
+        apart = prod(problem.output_shape) * problem.out_dtype.itemsize if phases > 1 else 0  # until they interleave
         return Cost(
-            2 * problem.macs // prod(problem.lhs_dilation),
-            operand_bytes(problem) + 2 * padded,
-            padded,
-            efficiency,
-            "vector",
-            2,
-        )
+            2 * problem.macs // phases, operand_bytes(problem) + 2 * (padded + apart), padded // phases + apart, efficiency,
+            "vector", 2 * phases,
+        )  # fmt: skip
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         has_holes = prod(problem.lhs_dilation) > 1

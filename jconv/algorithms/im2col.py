@@ -72,9 +72,8 @@ class Im2col:
             efficiency = efficiency // (2 if width >= _WIDE else 5) + 1
         features = max(1, problem.lhs_shape[0 if problem.is_weight_gradient else 1] // problem.groups)
         by_rows = features >= _NARROW or not problem.is_weight_gradient
-        copied = columns * (
-            max(1, _WIDE // features) if by_rows else 2
-        )  # short rows, and single features, are copied slowly
+        # Short rows, and single features, are copied slowly.
+        copied = columns * (max(1, _WIDE // features) if by_rows else 2)
         return Cost(flops, operand_bytes(problem) + 2 * copied * size, columns * size, efficiency, kernels=3)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -121,11 +120,8 @@ def _shifts(problem: ConvProblem) -> tuple[int, int]:
 def _kernel_gradient(problem: ConvProblem, x: jax.Array, g: jax.Array) -> jax.Array:
     """columns[m, tap, c] . g[m, o], with m over batch and positions; or, with the cotangent shifted by the taps of the last
     axis, columns[m, tap of the others, c] . g[m, last tap, o]."""
-    spatial, result, sizes = (
-        tuple(range(1, problem.spatial_rank + 1)),
-        list(problem.output_shape[2:]),
-        list(problem.window),
-    )
+    spatial = tuple(range(1, problem.spatial_rank + 1))
+    result, sizes = list(problem.output_shape[2:]), list(problem.window)
     fold, places = _shifts(problem)
     if fold > 1:
         g = shifted(g, fold, problem.strides[-1])
