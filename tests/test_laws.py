@@ -429,23 +429,32 @@ def test_parts_that_fit_the_cache():
         assert counts[False] < counts[True], algorithm
 
 
-def test_depthwise_kernel_gradients_take_images_by_themselves():
-    """Where the operands of one image stay in the cache that those of all leave. Images that do not fit are not divided for
-    it, and over several devices nothing is. Of few groups, too, XLA's own are no rival."""
-    device = replace(device_for("cpu"), threads=1)
-    for shape, devices, parts in (
-        ((8, 28, 28, 192), 1, (8, 1)),
-        ((16, 56, 56, 144), 1, (1, 1)),
-        ((1, 112, 112, 96), 1, (1, 1)),
-        ((4, 512, 512, 3), 1, (1, 1)),
-        ((32, 28, 28, 192), 8, (1, 1)),
-        ((1024, 600), 1, (1, 1)),
+def test_depthwise_kernel_gradients_are_taken_in_parts_that_stay_in_the_cache():
+    """Images, or bands of their rows, of which no more than a sixteenth is filled up. Not over several devices, nor where
+    features are not innermost: there rows are short. Of few groups, too, XLA's own are no rival."""
+    device = replace(device_for("cpu"), threads=1, cache=1 << 21)
+    for shape, parts in (
+        ((8, 28, 28, 192), (8, 4)),
+        ((16, 56, 56, 144), (16, 14)),
+        ((1, 74, 74, 128), (1, 19)),
+        ((8, 7, 7, 960), (8, 2)),
+        ((1, 14, 14, 64), (1, 1)),
+        ((1, 16384, 48), (1, 16)),
+        ((1024, 600), (1, 1)),
     ):
         channels, rank = shape[-1], len(shape) - 2
         problem = _problem(shape, (*(3,) * rank, 1, channels), (1,) * rank, groups=channels)
-        of = plan_given(weight_problem(problem), replace(device, devices=devices), ())
-        assert of.algorithm.name == "depthwise"
-        assert (getattr(of.runner, "images", 1), getattr(of.runner, "bands", 1)) == parts, shape
+        for devices in (1, 8):
+            of = plan_given(weight_problem(problem), replace(device, devices=devices), ())
+            assert of.algorithm.name == "depthwise"
+            split = getattr(of.runner, "images", 1), getattr(of.runner, "bands", 1)
+            assert split == (parts if devices == 1 else (1, 1)), shape
+    x, w = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((8, 192, 28, 28), (192, 1, 3, 3)))
+    problem = jconv.ConvProblem.of(
+        x, w, (1, 1), "SAME", feature_group_count=192, dimension_numbers=("NCHW", "OIHW", "NCHW")
+    )
+    assert plan_given(weight_problem(problem), device, ()).runner.name == "depthwise"
+    assert not isinstance(plan_given(weight_problem(problem), device, ()).runner, InParts)
 
 
 @pytest.mark.parametrize("layout", (("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")))

@@ -36,8 +36,7 @@ class Cost:
         unit: what does the arithmetic: a matrix product, XLA's convolution, a fused loop, an FFT.
         kernels: fused loops and library calls that are launched, one after the other.
         threads: how many threads the arithmetic can use; 0 is as many as there are.
-        reread: bytes of operands that are read many times: where those of an image stay in the cache, and those of all do
-            not, images are best taken by themselves.
+        reread: bytes of operands that are read many times, which are best taken in parts that stay in the cache.
     """
 
     flops: int

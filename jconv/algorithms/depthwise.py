@@ -10,7 +10,6 @@ results that share them: two rows of the output, or two taps of a kernel gradien
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -33,7 +32,6 @@ from jconv.algorithms.base import (
     summed,
     unfused,
     unreversed,
-    zeros_as,
 )
 from jconv.device import Device
 from jconv.problem import ConvProblem, is_static
@@ -42,8 +40,7 @@ _MOST_TAPS = 256
 _UNSPILLED = 121  # taps of one loop; over more of them it spills, 3 to 8 times slower
 _TAPS_OF_PAIRS = 16  # from here on what two rows share outweighs the pass that parts them
 _CACHED_WEIGHTS = 6144  # taps times channels that stay in the first-level cache beside the rows they meet
-_CACHED_BYTES = 1 << 18  # of both operands of a kernel gradient, in the second-level cache
-_APART = 16  # uses of a slice from which XLA copies it; fused, its moving start makes the loop scalar
+_UNROLLED = 64  # taps of a kernel gradient that are compiled; of more, those of the first axis take turns
 _PRODUCTS = 448  # taps times products in one sum of a kernel gradient: its compile time
 
 Where = dict[int, tuple[int, int, int]]  # axis: (start, size, step) of a slice
@@ -79,17 +76,14 @@ class Depthwise:
             flops = 2 * problem.macs // prod(problem.lhs_dilation)
             efficiency = min(1000, 400 + 10 * taps) if taps <= _UNSPILLED else 140
             return Cost(flops, operand_bytes(problem), held, efficiency, "vector", 3)
-        reread = held + prod(problem.rhs_shape) * size if _rows_at_once(problem) is None else 0
-        spilled = 0 < device.cache * device.devices < reread
-        return Cost(
-            2 * problem.macs,
-            operand_bytes(problem),
-            held,
-            120 if spilled else 300,
-            "vector",
-            3 + taps // 2,
-            reread=reread,
-        )
+        both, flops, efficiency = held + prod(problem.rhs_shape) * size, 2 * problem.macs, 360
+        if 0 < device.cache * max(device.devices, device.threads) < both * max(9, taps) // 6:
+            # Two taps share a pass over both operands, which come from beyond the cache.
+            fetched = both * taps * 2 // 5 // device.bytes_per_ns
+            efficiency = 1000 * flops // (device.vector * fetched + 1000 * flops // efficiency + 1) + 1
+        features_last = problem.layout.lhs_spec[0] == problem.spatial_rank + 1  # else rows are short
+        reread = both if features_last else 0
+        return Cost(flops, operand_bytes(problem), held, efficiency, "vector", 4, reread=reread)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         problem, rhs = unreversed(problem, rhs)
@@ -189,87 +183,44 @@ def _kernel_gradient(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> ja
     x = _repeated(lhs, lhs_spec[0], problem.rhs_shape[0] // problem.groups)
     g = rhs.transpose(tuple(rhs_spec[axis] for axis in inverse(lhs_spec)))
     first, *others = _window(problem) or (1,)
-    rows = _rows_at_once(problem)
-    if rows is None:
+    if others and prod(_window(problem)) > _UNROLLED:
+        z = _by_rows_of_taps(problem, x, g)
+    else:
         # Neighbours along the first axis, which one sum takes several positions of, share most of what they load.
         taps = [(t, *rest)[: problem.spatial_rank] for rest in np.ndindex(*others) for t in range(first)]
         z = _parted(_tap_sums(problem, x, g, taps), x.dtype, len(taps))
         z = jnp.moveaxis(z.reshape(*others, first, -1), len(others), 0)
-    else:
-        z = _by_chunks(problem, rows, x, g)
     kernel = z.reshape(*_window(problem), 1, -1)
     logical = (kernel.ndim - 2, kernel.ndim - 1, *range(kernel.ndim - 2))
     return kernel.transpose(tuple(logical[axis] for axis in inverse(out_spec)))
 
 
-def _rows_at_once(problem: ConvProblem) -> int | None:
-    """Rows of a chunk that stays in the second-level cache while many taps read it; None for all at once."""
-    spatial, taps = problem.layout.lhs_spec[2:], prod(_window(problem))
-    if taps < _TAPS_OF_PAIRS or not spatial or min(spatial) == len(spatial) + 1:
-        return None
-    rows = problem.window[spatial.index(min(spatial))]
-    image = problem.rhs_shape[0] * prod(problem.window) * (1 + prod(problem.rhs_dilation)) * problem.dtype.itemsize
-    if image * problem.rhs_shape[1] <= _CACHED_BYTES:
-        return None
-    return min(rows, max(4, rows * _CACHED_BYTES // image // 4 * 4))
-
-
-def _by_chunks(problem: ConvProblem, rows: int, x: jax.Array, g: jax.Array) -> jax.Array:
-    """One image and ``rows`` rows of g at a time, with the rows of x that they meet; inside, a loop over the taps of the
-    first of several axes, so that only those of the others are compiled."""
-    first, taps = _window(problem)[0], list(np.ndindex(1, *_window(problem)[1:]))
-    if len(taps) == 1:
-        first, taps = 1, list(np.ndindex(*_window(problem)))
-    batch_axis, spatial = problem.layout.lhs_spec[1], problem.layout.lhs_spec[2:]
-    row_axis = min(spatial)
-    count = -(-g.shape[row_axis] // rows)
-    x_pads, g_pads = [(0, 0, 0)] * x.ndim, [(0, 0, 0)] * g.ndim
-    x_sizes, g_sizes, row_step = [*x.shape], [*g.shape], 1
-    for i, axis in enumerate(spatial):
-        length = count * rows if axis == row_axis else g.shape[axis]
-        s, d, (low, _) = problem.strides[i], problem.rhs_dilation[i], problem.padding[i]
-        window_reach = (_window(problem)[i] - 1) * s + 1
-        x_sizes[axis] = window_reach + (length - 1) * d
-        x_pads[axis] = (low, x_sizes[axis] - low - problem.lhs_extent[i], problem.lhs_dilation[i] - 1)
-        if axis == row_axis:
-            g_pads[axis] = (0, length - g.shape[axis], 0)
-            x_sizes[axis], g_sizes[axis], row_step = window_reach + (rows - 1) * d, rows, d
-    x, g = _pad(x, x_pads), _pad(g, g_pads)
-    x_sizes[batch_axis] = g_sizes[batch_axis] = 1
-    met = list(x_sizes)  # by one tap of the first axis
-    met[spatial[0]] -= (first - 1) * problem.strides[0]
-    chunk = problem.replace(
-        lhs_shape=tuple(met[axis] for axis in problem.layout.lhs_spec),
-        rhs_shape=tuple(g_sizes[axis] for axis in problem.layout.lhs_spec),
+def _by_rows_of_taps(problem: ConvProblem, x: jax.Array, g: jax.Array) -> jax.Array:
+    """A loop over the taps of the first axis, so that only those of the others are compiled."""
+    (first, *others), spatial = _window(problem), problem.layout.lhs_spec[2:]
+    pads = [(0, 0, 0)] * x.ndim
+    for axis, (low, high), hole in zip(spatial, problem.padding, problem.lhs_dilation, strict=True):
+        pads[axis] = (low, high, hole - 1)
+    x = _pad(x, pads)
+    sizes = (problem.rhs_extent[0], *problem.padded[1:])
+    row = problem.replace(
+        lhs_shape=(*problem.lhs_shape[:2], *sizes),
         padding=((0, 0),) * len(spatial),
         lhs_dilation=(1,) * len(spatial),
     )
+    taps = list(np.ndindex(1, *others))
 
-    def add(b: jax.Array, z: jax.Array) -> jax.Array:
-        starts = [jnp.zeros_like(b)] * x.ndim
-        starts[batch_axis] = b // count
-        x_starts, g_starts = list(starts), list(starts)
-        x_starts[row_axis], g_starts[row_axis] = b % count * rows * row_step, b % count * rows
-        x_part, g_part = lax.dynamic_slice(x, x_starts, x_sizes), lax.dynamic_slice(g, g_starts, g_sizes)
+    def sums(t: jax.Array) -> jax.Array:
+        met = lax.dynamic_slice_in_dim(x, t * problem.strides[0], sizes[0], spatial[0])
+        return _parted(_tap_sums(row, met, g, taps), x.dtype, len(taps))
 
-        def of_row(t: jax.Array) -> jax.Array:
-            x_row = lax.dynamic_slice_in_dim(x_part, t * problem.strides[0], met[spatial[0]], spatial[0])
-            return _tap_sums(chunk, x_row, g_part, taps, chunked=True)
-
-        return z + lax.map(of_row, jnp.arange(first))
-
-    result = jax.eval_shape(functools.partial(_tap_sums, problem, taps=taps), x, g)
-    zeros = zeros_as(x, (first, *result.shape), result.dtype)
-    z = lax.fori_loop(0, x.shape[batch_axis] * count, add, zeros)
-    return _parted(z, x.dtype, len(taps))
+    return lax.map(sums, jnp.arange(first))
 
 
-def _tap_sums(
-    problem: ConvProblem, x: jax.Array, g: jax.Array, taps: Sequence[tuple[int, ...]], chunked: bool = False
-) -> jax.Array:
+def _tap_sums(problem: ConvProblem, x: jax.Array, g: jax.Array, taps: Sequence[tuple[int, ...]]) -> jax.Array:
     """For each feature the sum of each tap in the order of ``taps``; of real numbers, two sums in a complex one."""
     feature_axis, _, *spatial = problem.layout.lhs_spec
-    lengths = _block_lengths(problem, chunked)
+    lengths = _block_lengths(problem, len(taps))
     x_pads, g_pads, reads = [(0, 0, 0)] * x.ndim, [(0, 0, 0)] * x.ndim, []
     for i, (axis, length) in enumerate(zip(spatial, lengths, strict=True)):
         s, d, (low, _), size = problem.strides[i], problem.rhs_dilation[i], problem.padding[i], problem.window[i]
@@ -300,24 +251,18 @@ def _tap_sums(
     return _total(_total(z, 1), 3)[:, 0, :, 0]
 
 
-def _block_lengths(problem: ConvProblem, chunked: bool) -> tuple[int, ...]:
-    """Positions of each spatial axis that one sum takes; only one of the innermost axis, unless that holds features.
-
-    From a chunk, at least ``_APART`` in all. Else divisors are preferred, which need no padding."""
+def _block_lengths(problem: ConvProblem, taps: int) -> tuple[int, ...]:
+    """Positions of each spatial axis that one sum takes; only one of the innermost axis, unless that holds features. Of the
+    first axis many, of the others a divisor: to fill them up would copy both operands."""
     spatial, lengths = problem.layout.lhs_spec[2:], [1] * problem.spatial_rank
-    axes = [axis for axis in sorted(spatial) if axis < len(spatial) + 1]
-    budget = _APART if chunked else max(1, _PRODUCTS // prod(_window(problem)))
-    for left, axis in zip(range(len(axes), 0, -1), axes, strict=True):
+    budget = max(1, _PRODUCTS // taps)
+    for axis in sorted(axis for axis in spatial if axis < len(spatial) + 1):
         i = spatial.index(axis)
         size = problem.window[i]
-        if chunked:
-            lengths[i] = min(size, next(n for n in range(1, budget + 1) if n**left >= budget))
-            budget = -(-budget // lengths[i])
-        else:
-            most = min(size, budget, 16)
-            divisor = next(n for n in range(most, 0, -1) if size % n == 0)
-            lengths[i] = divisor if 2 * divisor >= most else most
-            budget //= lengths[i]
+        most = min(size, budget, 16)
+        fewest = most // 2 + 1 if axis == min(spatial) else 1
+        lengths[i] = min(range(most, fewest - 1, -1), key=lambda n: -size % n, default=1)
+        budget //= lengths[i]
     return tuple(lengths)
 
 

@@ -7,6 +7,7 @@ one shape, so that the loop's body is compiled once.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -51,24 +52,19 @@ class InParts:
         return self.inner.why_not(self.part(problem))
 
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
-        one = self.inner.cost(self.part(problem), device)
-        if self.bands == 1 or not one.reread:
-            return one
-        # What is read many times gains nothing from bands, which were measured; only from images by themselves.
-        image = replace(self, bands=1).part(problem)
-        return replace(one, efficiency=self.inner.cost(image, device).efficiency)
+        return self.inner.cost(self.part(problem), device)
 
     def whole_cost(self, problem: ConvProblem, device: Device) -> Cost:
         """Of all parts together, but for the workspace, which is one part's."""
         p, n, one, part = problem, self.count, self.cost(problem, device), self.part(problem)
         copied = 2 * prod(part.rhs_shape) if p.is_weight_gradient else prod(part.output_shape)
         moved = (one.bytes + (2 * prod(part.lhs_shape) + copied) * p.dtype.itemsize) * n
-        if self.bands > 1:
-            if self._reach(p) != (p.padding[0][0], p.lhs_shape[2]):
-                moved += 2 * prod(p.lhs_shape) * p.dtype.itemsize
-            if p.is_weight_gradient and self._rows(p) * self.bands != p.window[0]:
-                moved += 2 * prod(p.rhs_shape) * p.dtype.itemsize
-        return replace(one, flops=one.flops * n, bytes=moved, kernels=(one.kernels + 2) * n)
+        launches = (one.kernels + 2) * n
+        if device.threads == 1:
+            launches = -(-launches // 4)
+        # What one thread has read into its cache, others must fetch from there.
+        threads = 1 if one.reread else one.threads
+        return replace(one, flops=one.flops * n, bytes=moved, kernels=launches, threads=threads)
 
     def part(self, problem: ConvProblem) -> ConvProblem:
         """The problem of one part."""
@@ -79,7 +75,9 @@ class InParts:
         else:
             lhs[0] //= self.images
         if self.bands > 1:
-            rows, padding[0] = self._rows(p), (0, 0)
+            rows = self._rows(p)
+            for i in _without_holes(p):
+                lhs[2 + i], padding[i] = p.padded[i], (0, 0)
             if p.is_weight_gradient:
                 rhs[2] = rows
                 lhs[2] = (rows - 1) * p.rhs_dilation[0] + (p.output_shape[2] - 1) * p.strides[0] + 1
@@ -93,29 +91,21 @@ class InParts:
         )
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        part, banded = self.part(problem), self.bands > 1
+        part, gradient = self.part(problem), problem.is_weight_gradient
         lhs_spec, rhs_spec, out_spec = problem.layout
-        image_axis = lhs_spec[1 if problem.is_weight_gradient else 0]
-        if banded:
-            low, reach = self._reach(problem)
-            lhs = _padded(lhs, lhs_spec[2], low, reach - problem.lhs_shape[2] - low)
-        sizes = [part.lhs_shape[lhs_spec.index(axis)] for axis in range(lhs.ndim)]
+        images = 1 if gradient else 0
+        lhs_rows = rhs_rows = None
+        if self.bands > 1:
+            rows, step = self._rows(problem), (problem.rhs_dilation if gradient else problem.strides)[0]
+            lhs_rows, rhs_rows = (lhs_spec[2], part.lhs_shape[2], rows * step), (rhs_spec[2], rows, rows)
+        pads = {lhs_spec[2 + i]: problem.padding[i] for i in _without_holes(problem)}
 
-        def cut(x: jax.Array, start: list[Any], sizes: list[int]) -> jax.Array:
-            if not banded:
-                return lax.dynamic_slice(x, start, sizes)
-            return unfused(lambda x, *start: lax.dynamic_slice(x, start, sizes), x, *map(jnp.asarray, start))
+        def of_lhs(i: jax.Array) -> jax.Array:
+            return _cut(lhs, i, self.bands, (lhs_spec[images], part.lhs_shape[images]), lhs_rows, pads)
 
-        def slice_of_lhs(i: jax.Array) -> jax.Array:
-            start: list[Any] = [0] * lhs.ndim
-            start[image_axis] = i // self.bands * sizes[image_axis]
-            if banded:
-                start[lhs_spec[2]] = i % self.bands * (self._rows(problem) * self._step(problem))
-            return cut(lhs, start, sizes)
-
-        if not problem.is_weight_gradient:
-            out = lax.map(lambda i: self.inner.run(part, slice_of_lhs(i), rhs), jnp.arange(self.count))
-            if not banded:
+        if not gradient:
+            out = lax.map(lambda i: self.inner.run(part, of_lhs(i), rhs), jnp.arange(self.count))
+            if self.bands == 1:
                 return merge_axis(out, 0, out_spec[0])
             out = out.reshape(self.images, self.bands, *out.shape[1:])
             out = merge_axis(merge_axis(out, 1, 1 + out_spec[2]), 0, out_spec[0])
@@ -124,28 +114,13 @@ class InParts:
         if problem.reversed:
             rhs = lax.rev(rhs, rhs_spec[2:])
             part = part.replace(reversed=False)
-        if banded:
-            rhs = _padded(rhs, rhs_spec[2], 0, self.bands * self._rows(problem) - problem.window[0])
-        kernel_sizes = [part.rhs_shape[rhs_spec.index(axis)] for axis in range(rhs.ndim)]
 
         def add(i: jax.Array, total: jax.Array) -> jax.Array:
-            start: list[Any] = [0] * rhs.ndim
-            start[rhs_spec[1]] = i // self.bands * kernel_sizes[rhs_spec[1]]
-            if banded:
-                start[rhs_spec[2]] = i % self.bands * self._rows(problem)
-            return total + self.inner.run(part, slice_of_lhs(i), cut(rhs, start, kernel_sizes))
+            of_rhs = _cut(rhs, i, self.bands, (rhs_spec[images], part.rhs_shape[images]), rhs_rows, {})
+            return total + self.inner.run(part, of_lhs(i), of_rhs)
 
         total = lax.fori_loop(0, self.count, add, zeros_as(lhs, problem.physical_output_shape, part.out_dtype))
         return total.astype(problem.out_dtype)
-
-    def _step(self, problem: ConvProblem) -> int:
-        """Rows of lhs between one row of a band and the next."""
-        return problem.rhs_dilation[0] if problem.is_weight_gradient else problem.strides[0]
-
-    def _reach(self, problem: ConvProblem) -> tuple[int, int]:
-        """The rows before lhs that the bands read, and all that they read."""
-        rows = self.part(problem).lhs_shape[2] + (self.bands - 1) * self._rows(problem) * self._step(problem)
-        return problem.padding[0][0], rows
 
     def _rows(self, problem: ConvProblem) -> int:
         whole = problem.window[0] if problem.is_weight_gradient else problem.output_shape[2]
@@ -160,53 +135,46 @@ def within(algorithm: Algorithm, problem: ConvProblem, device: Device, limit: in
     if not is_static(*problem.lhs_shape, *problem.rhs_shape):
         return algorithm
     limit *= device.devices
-    workspace = algorithm.cost(problem, device).workspace
-    if workspace <= limit:
+    if algorithm.cost(problem, device).workspace <= limit:
         return algorithm
     if device.devices > 1:
         return None
+    return _split(algorithm, problem, lambda part: algorithm.cost(part, device).workspace <= limit)
+
+
+def _split(algorithm: Algorithm, problem: ConvProblem, fits: Callable[[ConvProblem], bool]) -> InParts | None:
+    """``algorithm`` in as few parts as are of one shape, each of which it can serve and fits; None if there are none."""
     p = problem
     images = _images(p)
     if images is None:
         return None
 
-    def fits(split: InParts) -> bool:
+    def good(split: InParts) -> bool:
         part = split.part(p)
-        return algorithm.why_not(part) is None and algorithm.cost(part, device).workspace <= limit
+        return algorithm.why_not(part) is None and fits(part)
 
-    for parts in range(-(-workspace // limit), images + 1):
-        if images % parts == 0 and fits(split := InParts(algorithm, parts, 1)):
+    for parts in range(2, images + 1):
+        if images % parts == 0 and good(split := InParts(algorithm, parts, 1)):
             return split
-    if p.spatial_rank == 0 or p.lhs_dilation[0] > 1:
+    if p.spatial_rank == 0 or p.lhs_dilation[0] > 1 or InParts(algorithm, images, 1).why_not(p) is not None:
         return None
     rows = p.window[0] if p.is_weight_gradient else p.output_shape[2]
-    one = InParts(algorithm, images, 1)
-    if one.why_not(p) is not None:
-        return None
-    fewest = max(1, -(-one.cost(p, device).workspace // limit))
-    for bands in range(fewest, min(rows, _MOST_BANDS) + 1):
-        if fits(split := InParts(algorithm, images, bands)):
-            # Up to three times as many, if they leave nothing over: what fills rows up is copied and computed, too.
-            even = (InParts(algorithm, images, n) for n in range(bands, 3 * bands + 1) if rows % n == 0)
-            return next(filter(fits, even), split)
+    for bands in range(2, min(rows, _MOST_BANDS) + 1):
+        if good(split := InParts(algorithm, images, bands)):
+            # Some more, if they leave nothing over, or little: what fills rows up is copied and computed, too.
+            counts = range(bands, 5 * bands // 3 + 1)
+            even = (InParts(algorithm, images, n) for left in (0, rows // 16) for n in counts if -rows % n <= left)
+            return next(filter(good, even), split)
     return None
 
 
 def by_images(algorithm: Algorithm, problem: ConvProblem, device: Device) -> InParts | None:
     """``algorithm``, in as few parts as let what it reads many times stay in the cache; None where it reads nothing so, where
-    all of that stays there, or where not even one image's does."""
-    images = _images(problem)
-    if images is None or device.devices > 1 or algorithm.cost(problem, device).reread <= device.cache:
+    all of that stays there, or where no part's does."""
+    limit = device.cache // 5 * device.threads
+    if device.devices > 1 or algorithm.cost(problem, device).reread <= limit:
         return None
-    for parts in range(2, images + 1):
-        split = InParts(algorithm, parts, 1)
-        if (
-            images % parts == 0
-            and split.why_not(problem) is None
-            and split.cost(problem, device).reread <= device.cache
-        ):
-            return split
-    return None
+    return _split(algorithm, problem, lambda part: algorithm.cost(part, device).reread <= limit)
 
 
 def _images(problem: ConvProblem) -> Any:
@@ -217,7 +185,36 @@ def _images(problem: ConvProblem) -> Any:
     return p.lhs_shape[0] if p.batch_groups == 1 else None
 
 
-def _padded(x: jax.Array, axis: int, low: int, high: int) -> jax.Array:
-    if low == 0 and high == 0:
-        return x
-    return lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0) if a == axis else (0, 0, 0) for a in range(x.ndim)])
+def _without_holes(problem: ConvProblem) -> list[int]:
+    """The spatial axes that a band is padded along while it is cut."""
+    return [i for i, hole in enumerate(problem.lhs_dilation) if hole == 1]
+
+
+def _cut(
+    x: jax.Array,
+    i: jax.Array,
+    bands: int,
+    images: tuple[int, int],
+    rows: tuple[int, int, int] | None,
+    pads: Mapping[int, tuple[int, int]],
+) -> jax.Array:
+    """Part i of an operand: of the axis of images some; of the axis of rows, where there are bands, some that start so many
+    after those of the band before, with zeros where the operand has none. All in one pass, ``pads`` included."""
+    image_axis, count = images
+    if rows is None:
+        return lax.dynamic_slice_in_dim(x, i * count, count, image_axis)
+    row_axis, size, every = rows
+    low = pads.get(row_axis, (0, 0))[0]
+    held = min(size, x.shape[row_axis])
+    last = x.shape[row_axis] - held
+    before, after = max(0, low), max(0, (bands - 1) * every - low - last) + size - held
+
+    def taken(x: jax.Array, image: jax.Array, start: jax.Array) -> jax.Array:
+        inside = jnp.clip(start, 0, last)
+        x = lax.dynamic_slice_in_dim(x, image * count, count, image_axis)
+        x = lax.dynamic_slice_in_dim(x, inside, held, row_axis)
+        widths = {**pads, row_axis: (before, after)}
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(*widths.get(axis, (0, 0)), 0) for axis in range(x.ndim)])
+        return x if before == after == 0 else lax.dynamic_slice_in_dim(x, start - inside + before, size, row_axis)
+
+    return unfused(taken, x, i // bands, i % bands * every - low)
