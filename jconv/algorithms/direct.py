@@ -21,11 +21,12 @@ from jconv.algorithms.base import (
     strided,
     summed,
     taps,
+    unfused,
 )  # fmt: skip
 from jconv.device import Device
 from jconv.problem import ConvProblem, is_static
 
-_MOST_TERMS = 64
+_MOST_TERMS = 96
 _MOST_TERMS_OF_GROUPS = 112
 _LANES = 8  # of a vector of float32: outputs of a group that one feature is broadcast to
 _CACHED_BYTES = 48 << 10  # of weights, in the first-level cache
@@ -57,10 +58,13 @@ class Direct:
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
         width = problem.rhs_shape[0]
         padded = prod(problem.padded) * problem.lhs_shape[0] * problem.lhs_shape[1] * problem.dtype.itemsize
+        if problem.padded == problem.lhs_shape[2:] and problem.layout.lhs_spec[1] == problem.spatial_rank + 1:
+            padded = 0  # what needs no padding is read where it lies
         efficiency = 1000 * width // (width + 8)
         if problem.groups > 1:
-            efficiency = 500 * gcd(width // problem.groups, _LANES) // _LANES
-            if prod(problem.rhs_shape) * accumulator(problem).itemsize > _CACHED_BYTES:
+            pointwise = prod(problem.rhs_shape[2:]) == 1
+            efficiency = (600 if pointwise else 500) * gcd(width // problem.groups, _LANES) // _LANES
+            if not pointwise and prod(problem.rhs_shape) * accumulator(problem).itemsize > _CACHED_BYTES:
                 efficiency //= 2
         phases = prod(problem.lhs_dilation)
         apart = prod(problem.output_shape) * problem.out_dtype.itemsize if phases > 1 else 0  # until they interleave
@@ -80,6 +84,8 @@ def _convolved(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Arra
     wide = accumulator(problem)
     x = split_axis(pad_and_dilate(problem, x, spatial).astype(wide), x.ndim - 1, problem.groups)
     w = split_axis(w.astype(wide), w.ndim - 1, problem.groups)
+    if problem.groups > 1:
+        w = unfused(lambda w: w, w)  # or the loop gathers what an input gradient transposed
     terms = []
     for index, offset in taps(problem):
         part = strided(x, spatial, offset, problem.output_shape[2:], problem.strides)

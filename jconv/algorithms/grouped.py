@@ -39,6 +39,7 @@ from jconv.problem import ConvProblem, is_static
 _MOST_TAPS = 128
 _NARROW = 32  # features of a block below which the shifted sums cost less than more columns
 _CHUNK_BYTES = 1 << 20  # of columns at a time
+_SLICED = 320  # features of a block below which copying it takes longer than what it holds
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,14 @@ class Grouped:
             efficiency = min(900, 170 + 4 * q * features)
         # Slices of the operands are copied, and the results of the blocks lie one after the other before they are merged.
         apart = prod(problem.output_shape) * problem.out_dtype.itemsize
+        moved = 2 * operand_bytes(problem)
+        if taps > 1:
+            moved += 2 * images * each * problem.groups
+        elif gradient:  # of few features, a slice touches the cache lines and pages of all
+            moved += operand_bytes(problem) * _SLICED // min(q * features, q * outputs)
         return Cost(
             flops,
-            2 * operand_bytes(problem) + (2 * images * each * problem.groups if taps > 1 else 0) + apart,
+            moved + apart,
             each * _images(images, each * q) * q + apart,
             efficiency + 1,
         )

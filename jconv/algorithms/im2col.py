@@ -67,14 +67,19 @@ class Im2col:
             depth, width, height = prod(problem.rhs_shape[1:]), problem.rhs_shape[0] // problem.groups, rows
             columns = rows * depth * problem.groups
         peak = 850 if problem.is_weight_gradient else 1000
-        efficiency = peak * width // (width + 16) * height // (height + 16) * depth // (depth + 64) + 1
-        if problem.groups > 1:
-            efficiency = efficiency // (2 if width >= _WIDE else 5) + 1
+        efficiency = peak * width // (width + 16) * height // (height + 16)
+        # Groups of one position are read in place, and transposed for it, which is cheap in a cache.
+        reread = operand_bytes(problem) if problem.is_weight_gradient and problem.groups > 1 and slices == 1 else 0
+        if not 0 < reread <= device.cache // 2:
+            efficiency = efficiency * depth // (depth + 64) + 1
+            if problem.groups > 1:
+                efficiency = efficiency // (2 if width >= _WIDE else 5) + 1
         features = max(1, problem.lhs_shape[0 if problem.is_weight_gradient else 1] // problem.groups)
         by_rows = features >= _NARROW or not problem.is_weight_gradient
         # Short rows, and single features, are copied slowly.
         copied = columns * (max(1, _WIDE // features) if by_rows else 2)
-        return Cost(flops, operand_bytes(problem) + 2 * copied * size, columns * size, efficiency, kernels=3)
+        moved = operand_bytes(problem) + 2 * copied * size
+        return Cost(flops, moved, columns * size, efficiency, kernels=3, reread=reread)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         if not problem.is_weight_gradient:

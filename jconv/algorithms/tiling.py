@@ -23,6 +23,7 @@ from jconv.device import Device
 from jconv.problem import ConvProblem, is_static
 
 _MOST_BANDS = 256
+_SHORT = 16  # rows of an axis that is not divided where another is longer
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,12 @@ class InParts:
             rows = self._rows(p)
             for i in _without_holes(p):
                 lhs[2 + i], padding[i] = p.padded[i], (0, 0)
+            a = _band_axis(p)
             if p.is_weight_gradient:
-                rhs[2] = rows
-                lhs[2] = (rows - 1) * p.rhs_dilation[0] + (p.output_shape[2] - 1) * p.strides[0] + 1
+                rhs[2 + a] = rows
+                lhs[2 + a] = (rows - 1) * p.rhs_dilation[a] + (p.output_shape[2 + a] - 1) * p.strides[a] + 1
             else:
-                lhs[2] = (rows - 1) * p.strides[0] + p.rhs_extent[0]
+                lhs[2 + a] = (rows - 1) * p.strides[a] + p.rhs_extent[a]
         wide = p.preferred_element_type
         if p.is_weight_gradient and p.out_dtype.itemsize < 4 and jnp.issubdtype(p.out_dtype, jnp.floating):
             wide = np.dtype(np.float32)  # a sum of parts in 16 bits would round at each
@@ -96,8 +98,9 @@ class InParts:
         images = 1 if gradient else 0
         lhs_rows = rhs_rows = None
         if self.bands > 1:
-            rows, step = self._rows(problem), (problem.rhs_dilation if gradient else problem.strides)[0]
-            lhs_rows, rhs_rows = (lhs_spec[2], part.lhs_shape[2], rows * step), (rhs_spec[2], rows, rows)
+            a = 2 + _band_axis(problem)
+            rows, step = self._rows(problem), (problem.rhs_dilation if gradient else problem.strides)[a - 2]
+            lhs_rows, rhs_rows = (lhs_spec[a], part.lhs_shape[a], rows * step), (rhs_spec[a], rows, rows)
         pads = {lhs_spec[2 + i]: problem.padding[i] for i in _without_holes(problem)}
 
         def of_lhs(i: jax.Array) -> jax.Array:
@@ -108,8 +111,9 @@ class InParts:
             if self.bands == 1:
                 return merge_axis(out, 0, out_spec[0])
             out = out.reshape(self.images, self.bands, *out.shape[1:])
-            out = merge_axis(merge_axis(out, 1, 1 + out_spec[2]), 0, out_spec[0])
-            return lax.slice_in_dim(out, 0, problem.output_shape[2], axis=out_spec[2])
+            row_axis = 2 + _band_axis(problem)
+            out = merge_axis(merge_axis(out, 1, 1 + out_spec[row_axis]), 0, out_spec[0])
+            return lax.slice_in_dim(out, 0, problem.output_shape[row_axis], axis=out_spec[row_axis])
 
         if problem.reversed:
             rhs = lax.rev(rhs, rhs_spec[2:])
@@ -123,8 +127,7 @@ class InParts:
         return total.astype(problem.out_dtype)
 
     def _rows(self, problem: ConvProblem) -> int:
-        whole = problem.window[0] if problem.is_weight_gradient else problem.output_shape[2]
-        return -(-whole // self.bands)
+        return -(-_lengths(problem)[_band_axis(problem)] // self.bands)
 
 
 def within(algorithm: Algorithm, problem: ConvProblem, device: Device, limit: int) -> Algorithm | None:
@@ -156,9 +159,9 @@ def _split(algorithm: Algorithm, problem: ConvProblem, fits: Callable[[ConvProbl
     for parts in range(2, images + 1):
         if images % parts == 0 and good(split := InParts(algorithm, parts, 1)):
             return split
-    if p.spatial_rank == 0 or p.lhs_dilation[0] > 1 or InParts(algorithm, images, 1).why_not(p) is not None:
+    if p.spatial_rank == 0 or p.lhs_dilation[_band_axis(p)] > 1 or InParts(algorithm, images, 1).why_not(p) is not None:
         return None
-    rows = p.window[0] if p.is_weight_gradient else p.output_shape[2]
+    rows = _lengths(p)[_band_axis(p)]
     for bands in range(2, min(rows, _MOST_BANDS) + 1):
         if good(split := InParts(algorithm, images, bands)):
             # Some more, if they leave nothing over, or little: what fills rows up is copied and computed, too.
@@ -171,7 +174,7 @@ def _split(algorithm: Algorithm, problem: ConvProblem, fits: Callable[[ConvProbl
 def by_images(algorithm: Algorithm, problem: ConvProblem, device: Device) -> InParts | None:
     """``algorithm``, in as few parts as let what it reads many times stay in the cache; None where it reads nothing so, where
     all of that stays there, or where no part's does."""
-    limit = device.cache // 5 * device.threads
+    limit = device.cache // 4 * device.threads
     if device.devices > 1 or algorithm.cost(problem, device).reread <= limit:
         return None
     return _split(algorithm, problem, lambda part: algorithm.cost(part, device).reread <= limit)
@@ -183,6 +186,18 @@ def _images(problem: ConvProblem) -> Any:
     if p.is_weight_gradient:
         return p.lhs_shape[1] if p.feature_groups == 1 else None
     return p.lhs_shape[0] if p.batch_groups == 1 else None
+
+
+def _lengths(problem: ConvProblem) -> tuple[Any, ...]:
+    """Of each spatial axis the positions that parts divide: of the result or, in a kernel gradient, of the cotangent."""
+    return problem.window if problem.is_weight_gradient else problem.output_shape[2:]
+
+
+def _band_axis(problem: ConvProblem) -> int:
+    """The first spatial axis that is not short, without holes in its input, before the last; else the first."""
+    lengths, holes = _lengths(problem), problem.lhs_dilation
+    axes = range(problem.spatial_rank - 1)
+    return next((a for a in axes if lengths[a] >= _SHORT and holes[a] == 1), 0)
 
 
 def _without_holes(problem: ConvProblem) -> list[int]:
