@@ -60,6 +60,11 @@ class Device:
     devices: int = 1
     vendor_default: bool = False
 
+    @property
+    def near(self) -> int:
+        """Bytes of operands that are at hand in the cache however often they are read."""
+        return self.cache // 4
+
 
 def device_for(platform: str, measured: Constants | None = None) -> Device:
     """The device that stands for ``platform``; every platform but ``cpu`` trusts its vendor.

@@ -12,7 +12,7 @@ from jax import lax
 from jconv.algorithms.base import Algorithm, Cost, operand_bytes
 from jconv.algorithms.exchanged import Exchanged, exchanged, has_holes, worth_exchanging
 from jconv.algorithms.table import ALGORITHMS
-from jconv.algorithms.tiling import InParts, by_images, within
+from jconv.algorithms.tiling import InParts, in_cache, within
 from jconv.algorithms.widened import Widened, widened
 from jconv.device import Device, MiB
 from jconv.errors import AlgorithmError, ConvError, ConvTypeError
@@ -205,7 +205,7 @@ def _in_parts(way: Algorithm, problem: ConvProblem, device: Device) -> tuple[Alg
     if ways[0] is not None and device.cache and is_static(*problem.lhs_shape, *problem.rhs_shape):
         limits = (limit for limit in (4 * device.cache, device.cache) if limit < device.workspace_limit)
         ways += (within(way, problem, device, limit) for limit in limits)
-        ways.append(by_images(way, problem, device))
+        ways.append(in_cache(way, problem, device))
     found = [
         (w, w.whole_cost(problem, device) if isinstance(w, InParts) else w.cost(sized, device))
         for w in dict.fromkeys(ways)

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import CASES, CHANNEL_LAST, Case
+from cases import CASES, CHANNEL_FIRST, CHANNEL_LAST, Case
 from tolerances import AS_USERS, TOLERANCES, assert_close, bfloat16
 
 import jconv
 from jconv import ALGORITHMS
 from jconv.adjoint import input_problem, weight_problem
 from jconv.algorithms.exchanged import Exchanged, exchanged, worth_exchanging
-from jconv.algorithms.tiling import InParts, within
+from jconv.algorithms.tiling import InParts, band_axis, in_cache, within
 from jconv.algorithms.widened import Widened
 from jconv.convolve import input_gradient, weight_gradient
 from jconv.device import device_for
@@ -296,7 +296,7 @@ SPLITS = [
     if c.name in FIRST_OF_ROLE and 0 not in c.problem().output_shape
     for p in (c.problem(),)
     for images, bands in ((p.lhs_shape[1], 2) if p.is_weight_gradient else (p.lhs_shape[0], 3),)
-    for bands in ((bands,) if c.rank and p.lhs_dilation[0] == 1 else (1,))
+    for bands in ((bands,) if c.rank and p.lhs_dilation[band_axis(p)] == 1 else (1,))
     if images * bands > 1 and (p.feature_groups if p.is_weight_gradient else p.batch_groups) == 1
     if InParts(a, images, bands).why_not(p) is None
 ]
@@ -375,6 +375,31 @@ def test_channel_last_writes_out_the_padding_of_narrow_kernel_gradients(images, 
         assert ("pad=" in program.as_text()) != written_out
 
 
+@pytest.mark.parametrize("layout", (CHANNEL_LAST[3], CHANNEL_FIRST[3]))
+@pytest.mark.parametrize(
+    "padding, holes",
+    ((((1, 1), (2, -3), (0, 1)), (1, 1, 1)), (((1, 1), (-1, 2), (1, 1)), (2, 1, 2))),
+    ids=("cropped", "holes"),
+)
+def test_bands_of_another_axis(padding, holes, layout):
+    """A short first axis is left whole, and so is one with holes: what has them along the divided axis is refused."""
+    im2col, rng = next(a for a in ALGORITHMS if a.name == "im2col"), np.random.default_rng(0)
+    case = Case("", (2, 4, 3, 40, 5), (3, 4, 2, 3, 2), (1, 2, 1), padding, holes, layout=layout)
+    forward = case.problem()
+    for problem in (
+        forward,
+        forward.replace(reversed=True),
+        *((p := weight_problem(forward)), p.replace(reversed=True)),
+    ):
+        assert band_axis(problem) == 1
+        lhs, rhs = (rng.standard_normal(of.shape).astype(np.float32) for of in _operands(problem))
+        split = InParts(im2col, 2, 3)
+        actual = jax.jit(functools.partial(split.run, problem))(lhs, rhs)
+        assert_close(actual, reference.convolve(problem, lhs, rhs), "im2col", np.float32, factor=2)
+    everywhere = Case("", (1, 2, 9, 9), (2, 2, 3, 3), None, ((0, 0), (0, 0)), (2, 2)).problem()
+    assert "an axis without holes" in InParts(im2col, 1, 3).why_not(everywhere)
+
+
 def test_the_workspace_limit_splits():
     """An algorithm works in as few parts as its limit asks for, and a plan says so."""
     problem = next(c for c in CASES if c.name == "dense_2d:batch_5").problem()
@@ -412,7 +437,10 @@ def test_parts_keep_to_the_limit_and_to_what_the_algorithm_serves():
                 found = within(algorithm, problem, device_for("cpu"), limit)
                 if found is not None:
                     assert found.why_not(problem) is None
-                    assert found.cost(problem, device_for("cpu")).workspace <= limit
+                    workspace = found.cost(problem, device_for("cpu")).workspace
+                    assert workspace <= limit
+                    if isinstance(found, InParts) and found.bands > 1:  # which are copied
+                        assert workspace >= prod(found.part(problem).lhs_shape) * problem.dtype.itemsize
 
 
 def test_parts_that_fit_the_cache():
@@ -427,6 +455,16 @@ def test_parts_that_fit_the_cache():
             runner = next(c.runner for c in of.candidates if c.algorithm.name == algorithm)
             counts[bool(cache)] = getattr(runner, "count", 1)
         assert counts[False] < counts[True], algorithm
+
+
+@pytest.mark.parametrize("size", (3, 5, 7, 11))
+def test_a_part_in_the_cache_is_estimated_below_the_whole(size):
+    """However often a depthwise kernel gradient reads what stays there."""
+    depthwise = next(a for a in ALGORITHMS if a.name == "depthwise")
+    problem = weight_problem(_problem((8, 56, 56, 144), (size, size, 1, 144), groups=144))
+    device = replace(device_for("cpu"), threads=1, cache=1 << 21)
+    runner = next(c.runner for c in plan_given(problem, device, ()).candidates if c.algorithm == depthwise)
+    assert runner == in_cache(depthwise, problem, device) and runner.cost(problem, device).reread <= device.near
 
 
 @pytest.mark.parametrize(
@@ -457,8 +495,8 @@ def test_odd_features_are_filled_up(features, out, filled):
 
 
 def test_depthwise_kernel_gradients_are_taken_in_parts_that_stay_in_the_cache():
-    """Images, or bands of their rows, of which no more than a sixteenth is filled up. Not over several devices, nor where
-    features are not innermost: there rows are short. Of few groups, too, XLA's own are no rival."""
+    """Images, or bands of their rows, of which no more than a sixteenth is filled up. Not over several devices, and no bands
+    where features are not innermost: there rows are short."""
     device = replace(device_for("cpu"), threads=1, cache=1 << 21)
     for shape, parts in (
         ((8, 28, 28, 192), (8, 4)),
@@ -466,7 +504,7 @@ def test_depthwise_kernel_gradients_are_taken_in_parts_that_stay_in_the_cache():
         ((1, 74, 74, 128), (1, 15)),
         ((8, 7, 7, 960), (8, 1)),
         ((1, 14, 14, 64), (1, 1)),
-        ((1, 16384, 48), (1, 16)),
+        ((1, 16384, 48), (1, 1)),
         ((1024, 600), (1, 1)),
     ):
         channels, rank = shape[-1], len(shape) - 2
@@ -480,8 +518,8 @@ def test_depthwise_kernel_gradients_are_taken_in_parts_that_stay_in_the_cache():
     problem = jconv.ConvProblem.of(
         x, w, (1, 1), "SAME", feature_group_count=192, dimension_numbers=("NCHW", "OIHW", "NCHW")
     )
-    assert plan_given(weight_problem(problem), device, ()).runner.name == "depthwise"
-    assert not isinstance(plan_given(weight_problem(problem), device, ()).runner, InParts)
+    of = plan_given(weight_problem(problem), device, ())
+    assert of.algorithm.name == "depthwise" and getattr(of.runner, "bands", 1) == 1
 
 
 @pytest.mark.parametrize("layout", (("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")))

@@ -40,7 +40,7 @@ _MOST_TAPS = 256
 _UNSPILLED = 121  # taps of one loop; over more of them it spills, 3 to 8 times slower
 _TAPS_OF_PAIRS = 16  # from here on what two rows share outweighs the pass that parts them
 _CACHED_WEIGHTS = 6144  # taps times channels that stay in the first-level cache beside the rows they meet
-_UNROLLED = 64  # taps of a kernel gradient that are compiled; of more, those of the first axis take turns
+_UNROLLED = 64  # taps of a kernel gradient above which those of the first of several axes take turns
 _PRODUCTS = 448  # taps times products in one sum of a kernel gradient: its compile time
 
 Where = dict[int, tuple[int, int, int]]  # axis: (start, size, step) of a slice
@@ -76,14 +76,13 @@ class Depthwise:
             flops = 2 * problem.macs // prod(problem.lhs_dilation)
             efficiency = min(1000, 400 + 10 * taps) if taps <= _UNSPILLED else 140
             return Cost(flops, operand_bytes(problem), held, efficiency, "vector", 3)
-        both, flops, efficiency = held + prod(problem.rhs_shape) * size, 2 * problem.macs, 360
-        if 0 < device.cache * max(device.devices, device.threads) < both * max(9, taps) // 6:
-            # Two taps share a pass over both operands, which come from beyond the cache.
-            fetched = both * taps * 2 // 5 // device.bytes_per_ns
-            efficiency = 1000 * flops // (device.vector * fetched + 1000 * flops // efficiency + 1) + 1
+        both = held + prod(problem.rhs_shape) * size
+        # Two taps share a pass over both operands, of which what does not stay in the cache is fetched again.
+        gone = max(0, both - device.near * device.devices) if device.cache else 0
+        moved = operand_bytes(problem) + gone * taps * 2 // 5
         features_last = problem.layout.lhs_spec[0] == problem.spatial_rank + 1  # else rows are short
         reread = both if features_last else 0
-        return Cost(flops, operand_bytes(problem), held, efficiency, "vector", 4, reread=reread)
+        return Cost(2 * problem.macs, moved, held, 360, "vector", 4, reread=reread)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         problem, rhs = unreversed(problem, rhs)
@@ -261,7 +260,7 @@ def _block_lengths(problem: ConvProblem, taps: int) -> tuple[int, ...]:
         size = problem.window[i]
         most = min(size, budget, 16)
         fewest = most // 2 + 1 if axis == min(spatial) else 1
-        lengths[i] = min(range(most, fewest - 1, -1), key=lambda n: -size % n, default=1)
+        lengths[i] = min(range(most, fewest - 1, -1), key=lambda n: -size % n)
         budget //= lengths[i]
     return tuple(lengths)
 

@@ -58,8 +58,8 @@ class Direct:
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
         width = problem.rhs_shape[0]
         padded = prod(problem.padded) * problem.lhs_shape[0] * problem.lhs_shape[1] * problem.dtype.itemsize
-        if problem.padded == problem.lhs_shape[2:] and problem.layout.lhs_spec[1] == problem.spatial_rank + 1:
-            padded = 0  # what needs no padding is read where it lies
+        if _lies_ready(problem):
+            padded = 0
         efficiency = 1000 * width // (width + 8)
         if problem.groups > 1:
             pointwise = prod(problem.rhs_shape[2:]) == 1
@@ -76,6 +76,13 @@ class Direct:
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         has_holes = prod(problem.lhs_dilation) > 1
         return by_phase(problem, lhs, rhs, _convolved) if has_holes else _convolved(problem, lhs, rhs)
+
+
+def _lies_ready(problem: ConvProblem) -> bool:
+    """Whether lhs is read where it lies: unpadded, without holes, channel-last."""
+    batch, features, *spatial = problem.layout.lhs_spec
+    laid_out = any(map(any, problem.padding)) or prod(problem.lhs_dilation) > 1
+    return not laid_out and [batch, *spatial, features] == list(range(len(spatial) + 2))
 
 
 def _convolved(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:

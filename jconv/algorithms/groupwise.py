@@ -41,6 +41,7 @@ class Groupwise:
         sliced = max(8 if problem.is_weight_gradient else 2, 2 * _LANES // width) - 1
         # The results of the groups lie one after the other before they are merged.
         apart = prod(problem.output_shape) * problem.out_dtype.itemsize
+        # A group's product is too small for its slices.
         efficiency = one.efficiency if max(problem.window, default=1) > 1 else one.efficiency * 5 // 7 + 1
         return Cost(
             one.flops * groups, one.bytes * groups + sliced * operand_bytes(problem) + 2 * apart,

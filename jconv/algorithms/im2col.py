@@ -68,9 +68,9 @@ class Im2col:
             columns = rows * depth * problem.groups
         peak = 850 if problem.is_weight_gradient else 1000
         efficiency = peak * width // (width + 16) * height // (height + 16)
-        # Groups of one position are read in place, and transposed for it, which is cheap in a cache.
+        # XLA transposes the operands of a product of groups, which is cheap in a cache: of one position, parts are.
         reread = operand_bytes(problem) if problem.is_weight_gradient and problem.groups > 1 and slices == 1 else 0
-        if not 0 < reread <= device.cache // 2:
+        if not 0 < reread <= device.near:
             efficiency = efficiency * depth // (depth + 64) + 1
             if problem.groups > 1:
                 efficiency = efficiency // (2 if width >= _WIDE else 5) + 1

@@ -1,4 +1,4 @@
-"""A convolution in equal parts, one after the other, so that its temporaries stay under a limit.
+"""A convolution in equal parts, one after the other, so that its temporaries stay under a limit, or what it reads in a cache.
 
 Forward, a part is some images, or a band of rows of one image. A kernel gradient is a sum over images
 and rows, so there the parts are summed. Each part is a convolution of the same kind, and all are of
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from math import prod
+from math import isqrt, prod
 from typing import Any
 
 import jax
@@ -50,19 +50,28 @@ class InParts:
         batch = problem.lhs_shape[1 if problem.is_weight_gradient else 0]
         if not is_static(batch) or batch % self.images:
             return f"needs a batch that {self.images} divides, got {batch}"
+        if self.bands > 1 and problem.lhs_dilation[band_axis(problem)] > 1:
+            return f"needs an axis without holes to divide, got lhs_dilation {problem.lhs_dilation}"
         return self.inner.why_not(self.part(problem))
 
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
-        return self.inner.cost(self.part(problem), device)
+        part = self.part(problem)
+        one = self.inner.cost(part, device)
+        if self.bands == 1:
+            return one
+        cut = prod(part.lhs_shape) + (prod(part.rhs_shape) if problem.is_weight_gradient else 0)
+        return replace(one, workspace=max(one.workspace, cut * problem.dtype.itemsize))
 
     def whole_cost(self, problem: ConvProblem, device: Device) -> Cost:
         """Of all parts together, but for the workspace, which is one part's."""
         p, n, one, part = problem, self.count, self.cost(problem, device), self.part(problem)
-        copied = 2 * prod(part.rhs_shape) if p.is_weight_gradient else prod(part.output_shape)
-        moved = (one.bytes + (2 * prod(part.lhs_shape) + copied) * p.dtype.itemsize) * n
+        copied = 2 * prod(part.lhs_shape) + (
+            2 * prod(part.rhs_shape) if p.is_weight_gradient else prod(part.output_shape)
+        )
+        moved = (one.bytes + copied * p.dtype.itemsize) * n
         launches = (one.kernels + 2) * n
-        if device.threads == 1:
-            launches = -(-launches // 4)
+        if device.threads == 1:  # in a loop, where nobody waits for another, a launch took a quarter of the time
+            launches = max(one.kernels, launches // 4)
         # What one thread has read into its cache, others must fetch from there.
         threads = 1 if one.reread else one.threads
         return replace(one, flops=one.flops * n, bytes=moved, kernels=launches, threads=threads)
@@ -79,7 +88,7 @@ class InParts:
             rows = self._rows(p)
             for i in _without_holes(p):
                 lhs[2 + i], padding[i] = p.padded[i], (0, 0)
-            a = _band_axis(p)
+            a = band_axis(p)
             if p.is_weight_gradient:
                 rhs[2 + a] = rows
                 lhs[2 + a] = (rows - 1) * p.rhs_dilation[a] + (p.output_shape[2 + a] - 1) * p.strides[a] + 1
@@ -98,7 +107,7 @@ class InParts:
         images = 1 if gradient else 0
         lhs_rows = rhs_rows = None
         if self.bands > 1:
-            a = 2 + _band_axis(problem)
+            a = 2 + band_axis(problem)
             rows, step = self._rows(problem), (problem.rhs_dilation if gradient else problem.strides)[a - 2]
             lhs_rows, rhs_rows = (lhs_spec[a], part.lhs_shape[a], rows * step), (rhs_spec[a], rows, rows)
         pads = {lhs_spec[2 + i]: problem.padding[i] for i in _without_holes(problem)}
@@ -111,7 +120,7 @@ class InParts:
             if self.bands == 1:
                 return merge_axis(out, 0, out_spec[0])
             out = out.reshape(self.images, self.bands, *out.shape[1:])
-            row_axis = 2 + _band_axis(problem)
+            row_axis = 2 + band_axis(problem)
             out = merge_axis(merge_axis(out, 1, 1 + out_spec[row_axis]), 0, out_spec[0])
             return lax.slice_in_dim(out, 0, problem.output_shape[row_axis], axis=out_spec[row_axis])
 
@@ -127,7 +136,7 @@ class InParts:
         return total.astype(problem.out_dtype)
 
     def _rows(self, problem: ConvProblem) -> int:
-        return -(-_lengths(problem)[_band_axis(problem)] // self.bands)
+        return -(-_lengths(problem)[band_axis(problem)] // self.bands)
 
 
 def within(algorithm: Algorithm, problem: ConvProblem, device: Device, limit: int) -> Algorithm | None:
@@ -142,42 +151,46 @@ def within(algorithm: Algorithm, problem: ConvProblem, device: Device, limit: in
         return algorithm
     if device.devices > 1:
         return None
-    return _split(algorithm, problem, lambda part: algorithm.cost(part, device).workspace <= limit)
+    return _split(algorithm, problem, lambda split: split.cost(problem, device).workspace <= limit)
 
 
-def _split(algorithm: Algorithm, problem: ConvProblem, fits: Callable[[ConvProblem], bool]) -> InParts | None:
-    """``algorithm`` in as few parts as are of one shape, each of which it can serve and fits; None if there are none."""
+def _split(algorithm: Algorithm, problem: ConvProblem, fits: Callable[[InParts], bool]) -> InParts | None:
+    """``algorithm`` in parts of one shape that it can serve and that fit: in as few as do, or some more bands where those
+    divide the rows. None if there are none."""
     p = problem
     images = _images(p)
     if images is None:
         return None
 
     def good(split: InParts) -> bool:
-        part = split.part(p)
-        return algorithm.why_not(part) is None and fits(part)
+        return split.why_not(p) is None and fits(split)
 
-    for parts in range(2, images + 1):
-        if images % parts == 0 and good(split := InParts(algorithm, parts, 1)):
+    for parts in _divisors(images)[1:]:
+        if good(split := InParts(algorithm, parts, 1)):
             return split
-    if p.spatial_rank == 0 or p.lhs_dilation[_band_axis(p)] > 1 or InParts(algorithm, images, 1).why_not(p) is not None:
+    if p.spatial_rank == 0 or InParts(algorithm, images, 1).why_not(p) is not None:
         return None
-    rows = _lengths(p)[_band_axis(p)]
+    rows = _lengths(p)[band_axis(p)]
     for bands in range(2, min(rows, _MOST_BANDS) + 1):
         if good(split := InParts(algorithm, images, bands)):
             # Some more, if they leave nothing over, or little: what fills rows up is copied and computed, too.
-            counts = range(bands, 5 * bands // 3 + 1)
+            counts = range(bands, min(rows, _MOST_BANDS, 5 * bands // 3) + 1)
             even = (InParts(algorithm, images, n) for left in (0, rows // 16) for n in counts if -rows % n <= left)
             return next(filter(good, even), split)
     return None
 
 
-def by_images(algorithm: Algorithm, problem: ConvProblem, device: Device) -> InParts | None:
+def in_cache(algorithm: Algorithm, problem: ConvProblem, device: Device) -> InParts | None:
     """``algorithm``, in as few parts as let what it reads many times stay in the cache; None where it reads nothing so, where
     all of that stays there, or where no part's does."""
-    limit = device.cache // 4 * device.threads
-    if device.devices > 1 or algorithm.cost(problem, device).reread <= limit:
+    if device.devices > 1 or algorithm.cost(problem, device).reread <= device.near:
         return None
-    return _split(algorithm, problem, lambda part: algorithm.cost(part, device).reread <= limit)
+    return _split(algorithm, problem, lambda split: split.cost(problem, device).reread <= device.near)
+
+
+def _divisors(number: int) -> list[int]:
+    low = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return sorted({*low, *(number // n for n in low)})
 
 
 def _images(problem: ConvProblem) -> Any:
@@ -193,7 +206,7 @@ def _lengths(problem: ConvProblem) -> tuple[Any, ...]:
     return problem.window if problem.is_weight_gradient else problem.output_shape[2:]
 
 
-def _band_axis(problem: ConvProblem) -> int:
+def band_axis(problem: ConvProblem) -> int:
     """The first spatial axis that is not short, without holes in its input, before the last; else the first."""
     lengths, holes = _lengths(problem), problem.lhs_dilation
     axes = range(problem.spatial_rank - 1)

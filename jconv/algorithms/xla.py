@@ -32,7 +32,8 @@ class Xla:
     features) and (*window, in, out) first: at the top of a program XLA:CPU does that by itself; inside a loop it does
     not, and a kernel gradient, which never lies so, then runs 100 times slower. And a convolution of images without
     padding gets one row of it, which is cut off the result: without any, XLA:CPU runs up to five times slower. A kernel
-    gradient of few images to few features gets its padding written out: else it runs up to eight times slower."""
+    gradient of few images to few features gets its padding written out: else it runs up to eight times slower. So it
+    does of an odd number of input features, which is filled up with zeros to a multiple of four."""
 
     name: str = "xla"
     accuracy: Accuracy = "direct"
@@ -137,7 +138,7 @@ def _is_narrow_gradient(problem: ConvProblem) -> bool:
 
 
 def _is_dense_image(problem: ConvProblem) -> bool:
-    """True for what XLA:CPU has fast convolutions for, of which the two above are slow cases."""
+    """True for what XLA:CPU has fast convolutions for, of which bare ones, narrow gradients and odd ones are slow cases."""
     p = problem
     return p.dtype == np.float32 and p.spatial_rank == 2 and p.groups == 1 and all(d == 1 for d in p.lhs_dilation)
 
@@ -154,9 +155,10 @@ def _filled(problem: ConvProblem) -> ConvProblem:
 
 
 def _is_odd(problem: ConvProblem) -> bool:
-    """True for what XLA:CPU runs slowly for a number of input features, or images of a kernel gradient, that is no multiple of
-    the four it takes at a time.
-    Measured: of 3 to 24 or 32 features 3 to 8 times, of 7 or more 1.5 to 3; to 33 and more of 64 features hardly."""
+    """True for what XLA:CPU runs slowly because its input features (in a kernel gradient, the images) are no multiple of four.
+    Measured in blocks of 64 output features. A last block of up to 32: 3 to 8 times slower of three input features, 1.5 to
+    3 of seven and more; even counts are not. Of 33 to 48 outputs: 1.5 to 2.5 of seven and more, even ones too. Fuller
+    blocks, and those of three features to 96, are not."""
     out, features = problem.rhs_shape[:2]
     if not is_static(out, features) or problem.is_pointwise or not _is_dense_image(problem):
         return False
