@@ -63,7 +63,7 @@ class Direct:
         efficiency = 1000 * width // (width + 8)
         if problem.groups > 1:
             pointwise = prod(problem.rhs_shape[2:]) == 1
-            efficiency = (600 if pointwise else 500) * gcd(width // problem.groups, _LANES) // _LANES
+            efficiency = (700 if pointwise else 500) * gcd(width // problem.groups, _LANES) // _LANES
             if not pointwise and prod(problem.rhs_shape) * accumulator(problem).itemsize > _CACHED_BYTES:
                 efficiency //= 2
         phases = prod(problem.lhs_dilation)
