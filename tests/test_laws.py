@@ -457,6 +457,30 @@ def test_parts_that_fit_the_cache():
         assert counts[False] < counts[True], algorithm
 
 
+@pytest.mark.parametrize("layouts", (CHANNEL_LAST, CHANNEL_FIRST), ids=("last", "first"))
+@pytest.mark.parametrize(
+    "lhs, window, strides, padding, holes, dilation",
+    (
+        ((2, 3, 20, 17), (9, 8), (2, 3), ((4, 3), (2, -1)), None, None),
+        ((2, 3, 9, 8), (9, 8), (1, 2), ((5, 4), (6, 7)), (2, 3), None),
+        ((2, 3, 24, 21), (9, 8), (1, 2), ((-1, 4), (3, 4)), None, (2, 1)),
+        ((1, 2, 9, 8, 7), (5, 5, 3), None, ((2, 2), (2, 2), (1, 1)), None, None),
+    ),
+    ids=("strided", "holes", "dilated", "3d"),
+)
+def test_depthwise_kernel_gradients_of_many_taps(lhs, window, strides, padding, holes, dilation, layouts):
+    """Above 64 taps those of the first axis take turns."""
+    depthwise, rng = next(a for a in ALGORITHMS if a.name == "depthwise"), np.random.default_rng(0)
+    features, layout = lhs[1], layouts[len(window)]
+    case = Case("", lhs, (features, 1, *window), strides, padding, holes, dilation, features, layout=layout)
+    gradient = weight_problem(case.problem())
+    for problem in (gradient, gradient.replace(reversed=True)):
+        x, g = (rng.standard_normal(of.shape).astype(np.float32) for of in _operands(problem))
+        run = jax.jit(functools.partial(depthwise.run, problem), compiler_options=AS_USERS)
+        assert "while" in run.lower(x, g).as_text()
+        assert_close(run(x, g), reference.convolve(problem, x, g), "depthwise", np.float32)
+
+
 @pytest.mark.parametrize("size", (3, 5, 7, 11))
 def test_a_part_in_the_cache_is_estimated_below_the_whole(size):
     """However often a depthwise kernel gradient reads what stays there."""
@@ -496,12 +520,14 @@ def test_odd_features_are_filled_up(features, out, filled):
 
 def test_depthwise_kernel_gradients_are_taken_in_parts_that_stay_in_the_cache():
     """Images, or bands of their rows, of which no more than a sixteenth is filled up. Not over several devices, and no bands
-    where features are not innermost: there rows are short."""
+    where features are not innermost: there rows are short. Of few groups, too, XLA's own are no rival."""
     device = replace(device_for("cpu"), threads=1, cache=1 << 21)
     for shape, parts in (
         ((8, 28, 28, 192), (8, 4)),
         ((16, 56, 56, 144), (16, 14)),
         ((1, 74, 74, 128), (1, 15)),
+        ((1, 112, 112, 96), (1, 28)),
+        ((4, 512, 512, 3), (4, 16)),
         ((8, 7, 7, 960), (8, 1)),
         ((1, 14, 14, 64), (1, 1)),
         ((1, 16384, 48), (1, 1)),
