@@ -1,6 +1,7 @@
 """The laws of docs/design.md, each a test under its name, over the table of cases."""
 
 import functools
+import re
 from dataclasses import replace
 from math import prod
 
@@ -516,6 +517,38 @@ def test_odd_features_are_filled_up(features, out, filled):
     gradient = weight_problem(problem)
     text = jax.jit(lambda lhs, rhs: last.run(gradient, lhs, rhs)).lower(*_operands(gradient)).as_text()
     assert f"tensor<8x8x2x{out}xf32>" in text
+
+
+@pytest.mark.parametrize(
+    "algorithm, lhs, rhs, strides, apart",
+    (
+        ("pointwise", (1, 32, 32, 64), (1, 1, 64, 96), (1, 1), 64),
+        ("pointwise", (1, 32, 32, 128), (1, 1, 128, 64), (1, 1), 64),
+        ("pointwise", (1, 32, 32, 96), (1, 1, 96, 96), (1, 1), 96),
+        ("pointwise", (1, 32, 32, 48), (1, 1, 48, 96), (1, 1), None),
+        ("pointwise", (1, 20, 51, 64), (1, 1, 64, 96), (1, 1), None),
+        ("pointwise", (1, 32, 32, 64), (1, 1, 64, 342), (1, 1), None),
+        ("pointwise", (1, 32, 32, 32), (1, 1, 32, 96), (1, 1), None),
+        ("patches", (1, 64, 64, 16), (2, 2, 16, 80), (2, 2), 64),
+        ("im2col", (1, 50, 48, 32), (3, 3, 32, 64), (1, 1), 64),
+        ("winograd", (2, 8, 8, 32), (3, 3, 32, 33), (1, 1), 32),
+        ("winograd", (2, 8, 8, 33), (3, 3, 33, 32), (1, 1), 32),
+    ),
+)
+def test_rows_that_collide_in_the_cache_are_taken_apart(algorithm, lhs, rhs, strides, apart):
+    """A product over rows reads its left operand down a few columns at a time: 128 bytes apart, rows evict one another."""
+    algorithm = next(a for a in ALGORITHMS if a.name == algorithm)
+    problem, rng = weight_problem(_problem(lhs, rhs, strides)), np.random.default_rng(0)
+    x, g = (rng.standard_normal(of.shape).astype(np.float32) for of in _operands(problem))
+    run = jax.jit(functools.partial(algorithm.run, problem), compiler_options=AS_USERS)
+    padded = [int(n) for n in re.findall(r"stablehlo.pad.* -> tensor<(?:\d+x)*(\d+)xf32>", run.lower(x, g).as_text())]
+    assert padded.count((apart or 0) + 4) == (apart is not None)
+    assert_close(run(x, g), reference.convolve(problem, x, g), algorithm.name, np.float32)
+    doubles = problem.replace(dtype=np.dtype(np.float64))
+    with jax.enable_x64(True):
+        operands = [jax.ShapeDtypeStruct(of.shape, np.float64) for of in _operands(problem)]
+        text = jax.jit(functools.partial(algorithm.run, doubles)).lower(*operands).as_text()
+    assert f"x{(apart or 0) + 4}xf64>" not in text
 
 
 def test_depthwise_kernel_gradients_are_taken_in_parts_that_stay_in_the_cache():

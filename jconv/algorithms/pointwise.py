@@ -11,6 +11,7 @@ from jax import lax
 from jconv.algorithms.base import (
     Accuracy,
     Cost,
+    collides,
     from_gradient,
     gradient_operands,
     inverse,
@@ -18,6 +19,7 @@ from jconv.algorithms.base import (
     options,
     over_rows,
     pad_and_dilate,
+    pays_apart,
     refuse_unsized,
     strided,
 )  # fmt: skip
@@ -45,7 +47,11 @@ class Pointwise:
         if _is_gradient(problem):
             height = problem.lhs_shape[0]
             efficiency = 1000 * width // (width + 16) * height // (height + 16) * depth // (depth + 64) + 1
-            return Cost(2 * problem.macs, operand_bytes(problem), 0, efficiency)
+            apart = 0
+            left, right = sorted((height, width))
+            if collides(problem, left) and pays_apart(depth, left, right):
+                apart = depth * left * problem.dtype.itemsize
+            return Cost(2 * problem.macs, operand_bytes(problem) + apart, apart, efficiency)
         flops = 2 * problem.macs // prod(problem.lhs_dilation)
         efficiency = 1000 * width // (width + 8) * depth // (depth + 16) + 1
         return Cost(flops, operand_bytes(problem), 0, efficiency, kernels=1 + any(s > 1 for s in problem.strides))

@@ -30,10 +30,10 @@ from jconv.algorithms.base import (
     from_gradient,
     gradient_operands,
     operand_bytes,
+    over_rows,
     refuse_unsized,
     strided,
     summed,
-    wider,
 )  # fmt: skip
 from jconv.device import Device
 from jconv.problem import ConvProblem
@@ -99,10 +99,8 @@ class Winograd:
         rows, out, other = images * prod(tiles), problem.rhs_shape[0], _other_taps(problem)
         kernel = 0 if problem.is_weight_gradient else features * out * other
         stored = components * (rows * (features + out) + kernel) * problem.dtype.itemsize
-        efficiency = 950
-        if problem.is_weight_gradient:
-            efficiency = 750 if max(features, out) >= 2 * min(features, out) else 550
-        half = 32 if problem.is_weight_gradient else 24
+        efficiency = 720 if problem.is_weight_gradient else 950
+        half = 38 if problem.is_weight_gradient else 24
         for width in (features, out):
             efficiency = efficiency * width**2 // (width**2 + half**2)
         flops = 2 * components * rows * features * out * other
@@ -168,22 +166,20 @@ def _kernel_gradient(problem: ConvProblem, tile: int, x: jax.Array, g: jax.Array
     cotangent = cotangent.reshape(len(transform) ** len(axes), -1, g.shape[-1])
     others = [i for i in range(problem.spatial_rank) if i not in axes]
     windows = [problem.output_shape[2 + i] for i in others]
-    turned = wider(x, g)  # the wider operand on the right: see over_rows
     products = []
     for tap in np.ndindex(*windows):
         start = [t * problem.strides[i] for t, i in zip(tap, others, strict=True)]
         sizes, strides = ([of[i] for i in others] for of in (positions, problem.rhs_dilation))
         part = strided(data, [len(axes) + 1 + i for i in others], start, sizes, strides)
         part = part.reshape(cotangent.shape[0], -1, x.shape[-1])
-        left, right = (cotangent, part) if turned else (part, cotangent)
-        products.append(lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))), precision=problem.precision))
+        products.append(over_rows(problem, part, cotangent))
     out = jnp.stack(products, axis=1)
     out = out.reshape(*[len(transform)] * len(axes), *windows, *out.shape[-2:])
     for remaining in reversed(range(len(axes))):
         out = _combined(tuple(zip(*kernel_transform, strict=True)), list(out), remaining)
     order = np.argsort([*axes, *others])
     out = out.transpose(*order, out.ndim - 2, out.ndim - 1)
-    return from_gradient(problem, jnp.swapaxes(out, -1, -2) if turned else out)
+    return from_gradient(problem, out)
 
 
 def _transformed_input(problem: ConvProblem, x: jax.Array, tile: int, positions: Sequence[int]) -> jax.Array:
