@@ -46,15 +46,16 @@ class Patches:
 
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
         size, window = problem.dtype.itemsize, prod(problem.window)
+        passes = 2
         if _upward(problem):
             flops = 2 * prod(problem.lhs_shape) * problem.rhs_shape[0] * window
             moved = prod(problem.lhs_shape) // problem.lhs_shape[1] * problem.rhs_shape[0] * window
             width, depth = problem.rhs_shape[0] * window, problem.lhs_shape[1]
         else:
-            flops, moved = 2 * problem.macs, prod(problem.lhs_shape)
+            flops, moved, passes = 2 * problem.macs, prod(problem.lhs_shape), 4  # to gather is slower than to scatter
             width, depth = problem.rhs_shape[0], prod(problem.rhs_shape[1:])
         efficiency = 900 * width // (width + 16) * depth // (depth + 16) + 1
-        return Cost(flops, operand_bytes(problem) + 2 * moved * size, moved * size, efficiency, kernels=3)
+        return Cost(flops, operand_bytes(problem) + passes * moved * size, moved * size, efficiency, kernels=3)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         n = problem.spatial_rank

@@ -99,12 +99,12 @@ class Winograd:
         rows, out, other = images * prod(tiles), problem.rhs_shape[0], _other_taps(problem)
         kernel = 0 if problem.is_weight_gradient else features * out * other
         stored = components * (rows * (features + out) + kernel) * problem.dtype.itemsize
-        efficiency = 720 if problem.is_weight_gradient else 950
-        half = 38 if problem.is_weight_gradient else 24
+        efficiency = 740 if problem.is_weight_gradient else 950
+        half = 44 if problem.is_weight_gradient else 24
         for width in (features, out):
             efficiency = efficiency * width**2 // (width**2 + half**2)
         flops = 2 * components * rows * features * out * other
-        moved = operand_bytes(problem) + 7 * stored // 4
+        moved = operand_bytes(problem) + (7 * stored + 6 * components * kernel * problem.dtype.itemsize) // 4
         if other > 1 and not problem.is_weight_gradient:  # products of the other axis's taps are written and added up
             moved += 3 * other * components * rows * out * problem.dtype.itemsize
             efficiency = efficiency * 3 // 4

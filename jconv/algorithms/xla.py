@@ -54,6 +54,8 @@ class Xla:
         efficiency = max(1, _cpu_efficiency(problem) // _slower(problem.dtype))
         kernels = 2 if self.channel_last else 1 if problem.layout == _channel_last(problem) else 3
         flops = 2 * problem.macs // (prod(problem.lhs_dilation) if _skips_holes(problem) else 1)
+        if problem.reversed and not problem.is_weight_gradient:
+            moved += 16 * prod(problem.rhs_shape) * size  # turned round and, as a rule, transposed: a scalar loop
         if problem.is_weight_gradient and problem.groups == 1:
             moved += (1 if self.channel_last else 3) * _passes(problem)  # whole, they stay in no cache
             held = (prod(problem.lhs_shape) + prod(problem.rhs_shape)) * size  # both transposed
