@@ -492,31 +492,73 @@ def test_a_part_in_the_cache_is_estimated_below_the_whole(size):
     assert runner == in_cache(depthwise, problem, device) and runner.cost(problem, device).reread <= device.near
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="YNNPACK came with jax 0.10")
 @pytest.mark.parametrize(
     "features, out, filled",
     (
-        (3, 24, 4),
-        (3, 32, 4),
-        (9, 32, 12),
-        (10, 48, 12),
-        (7, 72, 8),
-        (4, 32, 4),
-        (3, 16, 3),
-        (3, 64, 3),
-        (3, 96, 3),
-        (1, 32, 1),
+        (3, 24, (4, 24)),
+        (3, 32, (4, 32)),
+        (9, 32, (12, 32)),
+        (10, 48, (12, 48)),
+        (7, 72, (8, 72)),
+        (4, 32, (4, 32)),
+        (3, 64, (3, 64)),
+        (3, 96, (3, 96)),
+        (1, 32, (1, 32)),
+        (20, 28, (20, 32)),
+        (17, 60, (17, 64)),
+        (32, 48, (32, 48)),
+        (3, 16, (4, 20)),
+        (8, 8, (8, 20)),
+        (12, 16, (12, 20)),
+        (16, 4, (20, 4)),
+        (16, 16, (20, 16)),
     ),
 )
-def test_odd_features_are_filled_up(features, out, filled):
-    """XLA:CPU's convolution takes four input features at a time, and is up to eight times slower where some are left. Not of
-    what it was measured to be as fast at, nor of a kernel gradient, whose images are shared out otherwise."""
+def test_features_that_ynnpack_is_slow_with_are_filled_up(features, out, filled):
+    """It takes four input features at a time, and is up to eight times slower where some are left; of up to 64 outputs the last 32
+    want to be full; and what has at most 16 of both it does not get. Not so a kernel gradient, whose images are shared out otherwise."""
     last = next(a for a in ALGORITHMS if a.name == "channel_last")
-    problem = _problem((2, 8, 8, features), (3, 3, features, out))
-    text = jax.jit(lambda lhs, rhs: last.run(problem, lhs, rhs)).lower(*_operands(problem)).as_text()
-    assert f"tensor<3x3x{filled}x{out}xf32>" in text
+    problem, rng = _problem((2, 8, 8, features), (3, 3, features, out)), np.random.default_rng(0)
+    x, w = (rng.standard_normal(of.shape).astype(np.float32) for of in _operands(problem))
+    run = jax.jit(functools.partial(last.run, problem), compiler_options=AS_USERS)
+    (of,) = re.findall(r"stablehlo.convolution.*tensor<3x3x(\d+)x(\d+)xf32>", run.lower(x, w).as_text())
+    assert tuple(map(int, of)) == filled
+    assert_close(run(x, w), reference.convolve(problem, x, w), "channel_last", np.float32)
     gradient = weight_problem(problem)
     text = jax.jit(lambda lhs, rhs: last.run(gradient, lhs, rhs)).lower(*_operands(gradient)).as_text()
     assert f"tensor<8x8x2x{out}xf32>" in text
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="YNNPACK came with jax 0.10")
+@pytest.mark.parametrize(
+    "features, window, padding, dilation, left",
+    (
+        ((32, 24), (3, 3), ((2, 2), (2, 2)), (1, 1), "[0, 2], [0, 2]"),
+        ((32, 24), (3, 3), ((0, 4), (3, 1)), (1, 1), "[0, 2], [1, 1]"),
+        ((24, 32), (3, 5), ((4, 3), (2, 2)), (2, 1), "[1, 3], [2, 2]"),
+        ((24, 24), (2, 2), ((1, 1), (0, 1)), (1, 1), "[0, 1], [0, 1]"),
+        ((24, 24), (3, 3), ((5, -1), (1, 1)), (1, 1), "[2, 0], [1, 1]"),
+        ((72, 72), (3, 3), ((2, 2), (2, 2)), (1, 1), "[2, 2], [2, 2]"),
+        ((160, 160), (3, 3), ((1, 1), (1, 1)), (1, 1), "[1, 1], [1, 2]"),
+        ((160, 160), (5, 1), ((2, 2), (0, 0)), (1, 1), "[2, 2], [0, 1]"),
+        ((160, 160), (3, 3), ((1, 0), (1, 0)), (1, 1), "[1, 0], [1, 0]"),
+        ((160, 128), (3, 3), ((1, 1), (1, 1)), (1, 1), "[1, 1], [1, 1]"),
+        ((24, 24), (3, 3), ((0, 0), (0, 0)), (1, 1), "[0, 1], [0, 0]"),
+        ((8, 8), (3, 3), ((0, 0), (0, 0)), (1, 1), "[0, 1], [0, 0]"),
+    ),
+)
+def test_what_ynnpack_leaves_to_eigen(features, window, padding, dilation, left):
+    """It is asked for no result that is larger than the image, which is slow of few features and fast of many; nor for one without
+    padding, which it does slowly."""
+    last, rng = next(a for a in ALGORITHMS if a.name == "channel_last"), np.random.default_rng(0)
+    case = Case("", (2, features[0], 7, 9), (features[1], features[0], *window), None, padding, None, dilation)
+    posed = case.problem()
+    for problem in (posed, posed.replace(reversed=True)):
+        x, w = (rng.standard_normal(of.shape).astype(np.float32) for of in _operands(problem))
+        run = jax.jit(functools.partial(last.run, problem), compiler_options=AS_USERS)
+        assert re.findall(r"pad = \[(\[.*?\])\]", run.lower(x, w).as_text()) == [left]
+        assert_close(run(x, w), reference.convolve(problem, x, w), "channel_last", np.float32)
 
 
 @pytest.mark.parametrize(

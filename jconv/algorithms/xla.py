@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -17,7 +18,6 @@ from jconv.algorithms.base import (
     from_channel_last,
     lax_convolution,
     operand_bytes,
-    pad_and_dilate,
     refuse_unsized,
 )  # fmt: skip
 from jconv.device import Device, MiB
@@ -30,10 +30,8 @@ class Xla:
 
     With ``channel_last`` it is called as XLA:CPU does it fastest. The operands are transposed to (batch, *spatial,
     features) and (*window, in, out) first: at the top of a program XLA:CPU does that by itself; inside a loop it does
-    not, and a kernel gradient, which never lies so, then runs 100 times slower. And a convolution of images without
-    padding gets one row of it, which is cut off the result: without any, XLA:CPU runs up to five times slower. A kernel
-    gradient of few images to few features gets its padding written out: else it runs up to eight times slower. So it
-    does of an odd number of input features, which is filled up with zeros to a multiple of four."""
+    not, and a kernel gradient, which never lies so, then runs 100 times slower. And what YNNPACK leaves to Eigen, or is
+    slow with, is posed to it otherwise (:func:`_suited`)."""
 
     name: str = "xla"
     accuracy: Accuracy = "direct"
@@ -47,29 +45,26 @@ class Xla:
             return Cost(2 * problem.macs // prod(problem.lhs_dilation), operand_bytes(problem), 0, 850, "conv")
         size = problem.dtype.itemsize
         moved, held = operand_bytes(problem), 0
-        if self.channel_last and (filled := _filled(problem)) is not problem:
-            held = prod(filled.lhs_shape) * size
-            problem, moved = filled, moved + held + prod(problem.lhs_shape) * size
+        kernels = 2 if self.channel_last else 1 if problem.layout == _channel_last(problem) else 3
+        if self.channel_last:
+            laid, _ = _suited(problem)
+            for shape, own in ((laid.lhs_shape, problem.lhs_shape), (laid.output_shape, problem.output_shape)):
+                if shape != own:
+                    held, kernels = held + prod(shape) * size, kernels + 1
+                    moved += (prod(shape) + prod(own)) * size
+            problem = laid
         threads = 1 if _is_serial(problem) else 0
         efficiency = max(1, _cpu_efficiency(problem) // _slower(problem.dtype))
-        kernels = 2 if self.channel_last else 1 if problem.layout == _channel_last(problem) else 3
         flops = 2 * problem.macs // (prod(problem.lhs_dilation) if _skips_holes(problem) else 1)
         if problem.reversed and not problem.is_weight_gradient:
             moved += 16 * prod(problem.rhs_shape) * size  # turned round and, as a rule, transposed: a scalar loop
         if problem.is_weight_gradient and problem.groups == 1:
             moved += (1 if self.channel_last else 3) * _passes(problem)  # whole, they stay in no cache
-            held = (prod(problem.lhs_shape) + prod(problem.rhs_shape)) * size  # both transposed
-        if _is_narrow_gradient(problem):
-            if self.channel_last:
-                padded = prod(problem.lhs_shape[:2]) * prod(problem.padded) * size
-                moved, held, kernels = moved + 2 * padded, held + padded, kernels + 1
-            else:
-                efficiency = efficiency // 4 + 1
-        if _is_bare(problem):
-            if self.channel_last:
-                moved, kernels = moved + 2 * prod(problem.output_shape) * problem.out_dtype.itemsize, kernels + 1
-            else:
-                moved += _reread(problem)
+            held += (prod(problem.lhs_shape) + prod(problem.rhs_shape)) * size  # both transposed
+        if not self.channel_last and _is_narrow_gradient(problem):
+            efficiency = efficiency // 4 + 1
+        if not self.channel_last and _is_bare(problem):
+            moved += _reread(problem)
         return Cost(flops, moved, held if self.channel_last else 0, efficiency, "conv", kernels, threads)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -82,19 +77,15 @@ class Xla:
         if not self.channel_last:
             return lax_convolution(problem, lhs, rhs)
         lhs, rhs = channel_last(problem, lhs, rhs)
-        laid = _filled(problem).replace(layout=_channel_last(problem))
-        if (zeros := laid.lhs_shape[1] - problem.lhs_shape[1]) > 0:
-            lhs, rhs = _with_zeros(lhs, lhs.ndim - 1, zeros), _with_zeros(rhs, rhs.ndim - 2, zeros)
-        if _is_narrow_gradient(problem):
-            # Behind a barrier: XLA would fold the padding into the convolution again.
-            lhs = lax.optimization_barrier(pad_and_dilate(problem, lhs, range(1, lhs.ndim - 1)))
-            laid = laid.replace(
-                lhs_shape=(*laid.lhs_shape[:2], *lhs.shape[1:-1]), padding=((0, 0),) * problem.spatial_rank
-            )
-        if not _is_bare(problem):
-            return from_channel_last(problem, lax_convolution(laid, lhs, rhs))
-        out = lax_convolution(laid.replace(padding=((0, problem.strides[0]), (0, 0))), lhs, rhs)
-        return from_channel_last(problem, lax.slice_in_dim(out, 0, problem.output_shape[2], axis=1))
+        laid, written = _suited(problem)
+        more, wide = laid.lhs_shape[1] - problem.lhs_shape[1], laid.rhs_shape[0] - problem.rhs_shape[0]
+        lhs = _with_zeros(lhs, [(0, 0), *written, (0, more)])
+        if any(any(pair) for pair in written):
+            lhs = lax.optimization_barrier(lhs)  # XLA would fold the padding into the convolution again
+        rhs = _with_zeros(rhs, [*[(0, 0)] * problem.spatial_rank, (0, more), (0, wide)])
+        out = lax_convolution(laid.replace(layout=_channel_last(problem)), lhs, rhs)
+        sizes = (problem.output_shape[0], *problem.output_shape[2:], problem.output_shape[1])
+        return from_channel_last(problem, out if out.shape == sizes else lax.slice(out, (0,) * out.ndim, sizes))
 
 
 def _cropped(problem: ConvProblem, lhs: jax.Array) -> tuple[ConvProblem, jax.Array]:
@@ -124,10 +115,42 @@ def _channel_last(problem: ConvProblem) -> Layout:
     return Layout(image, (n + 1, n, *range(n)), image)
 
 
+def _suited(problem: ConvProblem) -> tuple[ConvProblem, Sequence[tuple[int, int]]]:
+    """The problem as XLA:CPU runs it fastest, and the padding that is written out for it; its result may have more features,
+    and another row.
+
+    - Input features of zeros, and kernels of zeros: :func:`_filled`.
+    - An image whose result is larger along an axis is Eigen's, which is 1.2 to 4 times slower of few features: there the padding
+      that makes it larger is written out. Of many features Eigen is up to 1.2 times faster: there the result gets another row.
+    - An image without padding gets a row of it: without any, YNNPACK runs up to five times slower.
+    - A kernel gradient of few images to few features gets its padding written out: else it runs up to eight times slower."""
+    laid, written = _filled(problem), [(0, 0)] * problem.spatial_rank
+    excess = [n - m for n, m in zip(problem.output_shape[2:], problem.lhs_shape[2:], strict=True)]
+    image = _YNNPACK and _is_dense_image(problem) and not problem.is_weight_gradient
+    if _is_narrow_gradient(problem):
+        written = list(problem.padding)
+    elif image and max(excess) > 0 and not _is_small(laid) and min(problem.rhs_shape[:2]) <= _FEW_FOR_EIGEN:
+        for i, (low, _) in enumerate(problem.padding):
+            at_start = min(max(low, 0), max(excess[i], 0))
+            written[i] = (at_start, max(excess[i], 0) - at_start)
+    elif image and max(excess) == 0 and not problem.is_pointwise and min(problem.rhs_shape[:2]) >= _MANY_FOR_EIGEN:
+        longest = max((i for i, n in enumerate(excess) if n == 0), key=lambda i: problem.lhs_shape[2 + i])
+        more = ((low, high + problem.strides[i] * (i == longest)) for i, (low, high) in enumerate(problem.padding))
+        laid = laid.replace(padding=tuple(more))
+    if any(any(pair) for pair in written):
+        sizes = (n + low + high for n, (low, high) in zip(problem.lhs_shape[2:], written, strict=True))
+        left = tuple((a - c, b - d) for (a, b), (c, d) in zip(problem.padding, written, strict=True))
+        laid = laid.replace(lhs_shape=(*laid.lhs_shape[:2], *sizes), padding=left)
+    if _is_bare(laid):
+        laid = laid.replace(padding=((0, problem.strides[0]), (0, 0)))
+    return laid, written
+
+
 def _is_bare(problem: ConvProblem) -> bool:
-    """True for what XLA:CPU runs slowly for want of padding (measured: several taps)."""
+    """True for what YNNPACK runs slowly for want of padding (measured: several taps)."""
     padded = any(side for pair in problem.padding for side in pair)
-    return _is_dense_image(problem) and not (padded or problem.is_pointwise or problem.is_weight_gradient)
+    image = _is_dense_image(problem) and not (problem.is_pointwise or problem.is_weight_gradient)
+    return image and not padded and not _is_eigens(problem)
 
 
 def _is_narrow_gradient(problem: ConvProblem) -> bool:
@@ -140,20 +163,47 @@ def _is_narrow_gradient(problem: ConvProblem) -> bool:
 
 
 def _is_dense_image(problem: ConvProblem) -> bool:
-    """True for what XLA:CPU has fast convolutions for, of which bare ones, narrow gradients and odd ones are slow cases."""
+    """True for what XLA:CPU has fast convolutions for, of which some are slow cases."""
     p = problem
     return p.dtype == np.float32 and p.spatial_rank == 2 and p.groups == 1 and all(d == 1 for d in p.lhs_dilation)
 
 
+def _is_eigens(problem: ConvProblem) -> bool:
+    """True for the dense images that XLA:CPU does not give to YNNPACK: those of few features, and those that grow."""
+    grows = any(is_static(n, m) and n > m for n, m in zip(problem.output_shape[2:], problem.lhs_shape[2:], strict=True))
+    return not _YNNPACK or _is_small(problem) or grows
+
+
+def _is_small(problem: ConvProblem) -> bool:
+    return is_static(*problem.rhs_shape[:2]) and max(problem.rhs_shape[:2]) <= _LANES
+
+
 def _filled(problem: ConvProblem) -> ConvProblem:
-    """With as many input features of zeros as make them a multiple of four, where XLA:CPU is slow without: see ``_is_odd``."""
-    if problem.is_weight_gradient or not _is_odd(problem):
+    """With input features of zeros, and kernels of zeros whose results are cut off, where XLA:CPU was measured to be slow without.
+
+    YNNPACK takes input features by fours (:func:`_is_odd`), and of up to 64 outputs the last block of 32 is at most three
+    quarters full or runs 1.5 times slower. With at most 16 of both the image is Eigen's, which is up to three times slower."""
+    if problem.is_weight_gradient or problem.is_pointwise or not (_YNNPACK and _is_dense_image(problem)):
         return problem
-    batch, features, *spatial = problem.lhs_shape
-    more = features + -features % 4
-    return problem.replace(
-        lhs_shape=(batch, more, *spatial), rhs_shape=(problem.rhs_shape[0], more, *problem.rhs_shape[2:])
-    )
+    (batch, features, *spatial), out = problem.lhs_shape, problem.rhs_shape[0]
+    if not is_static(features, out):
+        return problem
+    more, wide = features, out
+    if _is_small(problem) and (features > out or features == _LANES):
+        more = _LANES + 4
+    elif _is_small(problem):
+        more, wide = features + -features % 4, _LANES + 4
+    else:
+        more += -features % 4 if _is_odd(problem) else 0
+        wide += -out % 32 if _is_ragged(out) else 0
+    if (more, wide) == (features, out):
+        return problem
+    return problem.replace(lhs_shape=(batch, more, *spatial), rhs_shape=(wide, more, *problem.rhs_shape[2:]))
+
+
+def _is_ragged(out: int) -> bool:
+    """True for the numbers of output features that YNNPACK was measured to be 1.5 times slower with than with more of them."""
+    return 24 < out < 32 or 48 < out < 64
 
 
 def _is_odd(problem: ConvProblem) -> bool:
@@ -162,7 +212,7 @@ def _is_odd(problem: ConvProblem) -> bool:
     3 of seven and more; even counts are not. Of 33 to 48 outputs: 1.5 to 2.5 of seven and more, even ones too. Fuller
     blocks, and those of three features to 96, are not."""
     out, features = problem.rhs_shape[:2]
-    if not is_static(out, features) or problem.is_pointwise or not _is_dense_image(problem):
+    if not (_YNNPACK and is_static(out, features)) or problem.is_pointwise or not _is_dense_image(problem):
         return False
     if features > 6 and 32 < out <= 48:
         return features % 4 > 0
@@ -171,17 +221,20 @@ def _is_odd(problem: ConvProblem) -> bool:
     return out > _LANES and 0 < out % 64 <= 32 and features > 2 and features % 2 == 1
 
 
-def _with_zeros(x: jax.Array, axis: int, count: int) -> jax.Array:
-    return lax.pad(x, jnp.zeros((), x.dtype), [(0, count if a == axis else 0, 0) for a in range(x.ndim)])
+def _with_zeros(x: jax.Array, pairs: Sequence[tuple[int, int]]) -> jax.Array:
+    """x with so many zeros before and after it along each axis."""
+    if not any(any(pair) for pair in pairs):
+        return x
+    return lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0) for low, high in pairs])
 
 
 def _is_serial(problem: ConvProblem) -> bool:
     """True for what XLA:CPU was measured to run on one thread: groups, kernel gradients to few features, and images with few
-    output features, unless both are at most a vector's."""
-    out, features = problem.rhs_shape[:2]
+    output features, but for those that are Eigen's."""
+    out = problem.rhs_shape[0]
     if problem.groups > 1:
         return True
-    image = problem.spatial_rank == 2 and max(out, features) > _LANES
+    image = problem.spatial_rank == 2 and not _is_eigens(problem)
     return out <= _SERIAL and (problem.is_weight_gradient or image)
 
 
@@ -202,6 +255,8 @@ def _reread(problem: ConvProblem) -> int:
 
 
 _LANES = 16
+_YNNPACK = jax.__version_info__ >= (0, 10)
+_FEW_FOR_EIGEN, _MANY_FOR_EIGEN = 64, 160  # features below which YNNPACK is faster, and from which it is slower
 _IMAGES = 4  # up to which a kernel gradient is slow for its padding
 _ROWS, _SHARE = 8, 2  # features whose rows are read together; how much faster the last cache is than memory
 _FEW = 8  # input features of a first layer
@@ -262,8 +317,16 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
     if problem.spatial_rank == 3:
         features = problem.rhs_shape[1]
         return 750 * out // (out + 64) * features // (features + 16) + 1
-    efficiency = 950 * work // (work + 1800**2) * unfilled // 1000 + 1
-    return efficiency if out >= _LANES else efficiency * (out + 10) // (_LANES + 10) + 1
+    efficiency = 950 * work // (work + 1800**2) + 1
+    if out < _LANES:
+        efficiency = efficiency * (out + 10) // (_LANES + 10) + 1
+    if not _is_dense_image(problem):
+        return efficiency
+    if _is_eigens(problem):
+        return min(efficiency, 1080 * depth // (depth + 60) * out // (out + 16) + 1)
+    peak = 900 if min(problem.rhs_shape[:2]) >= _MANY_FOR_EIGEN else 1060
+    peak = peak * unfilled // 1000 * (2 if _is_ragged(out) else 3) // 3 * (3 if max(problem.strides) > 1 else 4) // 4
+    return peak * depth // (depth + 14) * out // (out + 5) + 1
 
 
 def _skips_holes(problem: ConvProblem) -> bool:
