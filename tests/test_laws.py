@@ -561,6 +561,23 @@ def test_what_ynnpack_leaves_to_eigen(features, window, padding, dilation, left)
         assert_close(run(x, w), reference.convolve(problem, x, w), "channel_last", np.float32)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="YNNPACK came with jax 0.10")
+@pytest.mark.parametrize(
+    "features, window, axes",
+    (((32, 24), 5, "0, 1"), ((1, 24), 5, "0, 1"), ((64, 96), 3, "0, 1"), ((72, 96), 3, "0"), ((32, 24), 1, "0")),
+)
+def test_signals_of_few_features_are_images_of_one_row(features, window, axes):
+    """YNNPACK knows no signals."""
+    last, rng = next(a for a in ALGORITHMS if a.name == "channel_last"), np.random.default_rng(0)
+    case = Case("", (2, features[0], 23), (features[1], features[0], window), (2,), ((3, 1),), None, (2,))
+    for problem in (case.problem(), case.problem().replace(reversed=True), weight_problem(case.problem())):
+        x, w = (rng.standard_normal(of.shape).astype(np.float32) for of in _operands(problem))
+        run = jax.jit(functools.partial(last.run, problem), compiler_options=AS_USERS)
+        (of,) = re.findall(r"dim_numbers = \[b, ([01, ]+), f\]", run.lower(x, w).as_text())
+        assert of == ("0" if problem.is_weight_gradient else axes)
+        assert_close(run(x, w), reference.convolve(problem, x, w), "channel_last", np.float32)
+
+
 @pytest.mark.parametrize(
     "algorithm, lhs, rhs, strides, apart",
     (
