@@ -123,7 +123,7 @@ def _as_image(problem: ConvProblem) -> ConvProblem:
     """A signal of few features as an image of one row, which XLA:CPU runs 1.1 to 3 times faster."""
     p = problem
     signal = _YNNPACK and p.spatial_rank == 1 and p.groups == 1 and p.dtype == np.float32 and p.lhs_dilation == (1,)
-    few = is_static(p.rhs_shape[1]) and min(p.rhs_shape[:2]) <= _FEW_FOR_EIGEN
+    few = is_static(*p.rhs_shape[:2]) and min(p.rhs_shape[:2]) <= _FEW_FOR_EIGEN
     if not (signal and few) or p.is_pointwise or p.is_weight_gradient:
         return problem
     (batch, features, size), (out, inner, window) = p.lhs_shape, p.rhs_shape
@@ -144,8 +144,9 @@ def _suited(problem: ConvProblem) -> tuple[ConvProblem, Sequence[tuple[int, int]
     - A kernel gradient of few images to few features gets its padding written out: else it runs up to eight times slower."""
     laid, written = _filled(problem), [(0, 0)] * problem.spatial_rank
     excess = [max(0, n - m) for n, m in zip(problem.output_shape[2:], problem.lhs_shape[2:], strict=True)]
-    image = _YNNPACK and _is_dense_image(problem) and not problem.is_weight_gradient
-    fewer = min(problem.rhs_shape[:2])
+    known = is_static(*problem.rhs_shape[:2])
+    image = _YNNPACK and _is_dense_image(problem) and not problem.is_weight_gradient and known
+    fewer = min(problem.rhs_shape[:2]) if known else 0
     if _is_narrow_gradient(problem):
         written = list(problem.padding)
     elif image and any(excess):
@@ -348,7 +349,8 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
         return efficiency
     if _is_eigens(problem):
         return min(efficiency, 1080 * depth // (depth + 60) * out // (out + 16) + 1)
-    peak = 900 if min(problem.rhs_shape[:2]) >= _MANY_FOR_EIGEN else 1060
+    many = is_static(problem.rhs_shape[1]) and min(problem.rhs_shape[:2]) >= _MANY_FOR_EIGEN
+    peak = 900 if many else 1060
     peak = peak * unfilled // 1000 * (2 if _is_ragged(out) else 3) // 3 * (3 if max(problem.strides) > 1 else 4) // 4
     return peak * depth // (depth + 14) * out // (out + 5) + 1
 
