@@ -104,6 +104,7 @@ CASES: tuple[Case, ...] = (
     C("dense_2d:three_by_one", (2, 3, 6, 7), (4, 3, 3, 1), padding="SAME"),
     C("dense_2d:one_channel", (2, 1, 6, 7), (1, 1, 3, 3), padding="SAME"),
     C("dense_2d:wide", (1, 17, 6, 5), (33, 17, 3, 3), padding="SAME"),
+    C("dense_2d:wide_five_by_one", (2, 20, 5, 7), (24, 20, 5, 1), padding="SAME"),
     C("dense_2d:batch_5", (5, 2, 4, 4), (3, 2, 2, 2)),
     C("dense_3d:valid", (1, 2, 5, 6, 4), (3, 2, 3, 3, 2)),
     C("dense_3d:same", (2, 2, 4, 5, 4), (3, 2, 3, 3, 3), padding="SAME"),

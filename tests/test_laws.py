@@ -93,7 +93,12 @@ def test_exact(case, algorithm, dtype):
 
 @pytest.mark.parametrize(
     "case,algorithm",
-    [pytest.param(c, a, id=f"{c.name}-{a.name}") for c, a in PAIRS if a.name not in GENERAL or c.name in FIRST_OF_ROLE],
+    [
+        pytest.param(c, a, id=f"{c.name}-{a.name}")
+        for c, a in PAIRS
+        if a.name not in GENERAL or c.name in FIRST_OF_ROLE
+        if a.why_not(c.problem(np.float64)) is None
+    ],
 )
 def test_gradient(case, algorithm):
     """vjp, jvp, and the Hessian's product with a vector, of both operands, as lax's."""
@@ -203,7 +208,7 @@ def test_not_vacuous():
     assert served["im2col"] >= len(CASES) - 4
     least = {
         "pointwise": 10, "patches": 3, "direct": 60, "winograd": 20, "winograd4": 20, "fold": 25, "fft": 8, "volume": 8,
-        "phase": 8, "subpixel": 5, "depthwise": 14, "grouped": 12, "groupwise": 14, "groupwise_winograd": 6, "channel_last": 90,
+        "phase": 8, "subpixel": 5, "depthwise": 14, "grouped": 12, "groupwise": 14, "groupwise_winograd": 6, "channel_last": 90, "eigen": 2 * (jax.__version_info__ >= (0, 10)),
     }  # fmt: skip
     assert all(served[name] >= count for name, count in least.items()), served
     assert len({c.name for c in CASES}) == len(CASES)
@@ -546,6 +551,7 @@ def test_features_that_ynnpack_is_slow_with_are_filled_up(features, out, filled)
         ((160, 128), (3, 3), ((1, 1), (1, 1)), (1, 1), "[1, 1], [1, 1]"),
         ((24, 24), (3, 3), ((0, 0), (0, 0)), (1, 1), "[0, 1], [0, 0]"),
         ((8, 8), (3, 3), ((0, 0), (0, 0)), (1, 1), "[0, 1], [0, 0]"),
+        ((24, 24), (1, 3), ((0, 0), (0, 0)), (1, 1), "[0, 0], [0, 1]"),
     ),
 )
 def test_what_ynnpack_leaves_to_eigen(features, window, padding, dilation, left):
@@ -559,6 +565,49 @@ def test_what_ynnpack_leaves_to_eigen(features, window, padding, dilation, left)
         run = jax.jit(functools.partial(last.run, problem), compiler_options=AS_USERS)
         assert re.findall(r"pad = \[(\[.*?\])\]", run.lower(x, w).as_text()) == [left]
         assert_close(run(x, w), reference.convolve(problem, x, w), "channel_last", np.float32)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="YNNPACK came with jax 0.10")
+def test_many_features_of_few_positions_are_left_to_eigen():
+    """Which is estimated as it was measured: up to 1.7 times faster."""
+    posed = _problem((1, 7, 7, 512), (3, 3, 512, 512))
+    found = {c.algorithm.name: c for c in plan_given(posed, replace(device_for("cpu"), threads=1), ()).candidates}
+    assert found["channel_last"].time_ns < 0.9 * found["xla"].time_ns
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="YNNPACK came with jax 0.10")
+@pytest.mark.parametrize("features", (24, 72))
+def test_doubles_are_kept_from_growing(features):
+    """There XLA:CPU has nothing but a loop of scalars."""
+    last, rng = next(a for a in ALGORITHMS if a.name == "channel_last"), np.random.default_rng(0)
+    case = Case("", (2, features, 7, 9), (features, features, 3, 3), None, ((2, 2), (2, 2)))
+    with jax.enable_x64(True):
+        problem = case.problem(np.float64)
+        x, w = (rng.standard_normal(of.shape) for of in _operands(problem))
+        run = jax.jit(functools.partial(last.run, problem), compiler_options=AS_USERS)
+        assert "pad = [[0, 2], [0, 2]]" in run.lower(x, w).as_text()
+        assert_close(run(x, w), reference.convolve(problem, x, w), "channel_last", np.float64)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="YNNPACK came with jax 0.10")
+def test_eigen_serves_what_ynnpack_runs_on_one_thread():
+    """Where there are several, and where the image is not Eigen's anyway."""
+    eigen, device = next(a for a in ALGORITHMS if a.name == "eigen"), device_for("cpu")
+    posed = _problem((8, 56, 56, 64), (3, 3, 64, 64))
+    chosen = [plan_given(posed, replace(device, threads=n), ()).algorithm.name for n in (1, 2)]
+    assert chosen[0] != "eigen" == chosen[1]
+    x, w = _operands(posed)
+    assert "pad = [[1, 2], [1, 1]]" in jax.jit(functools.partial(eigen.run, posed)).lower(x, w).as_text()
+    for refused in (
+        _problem((8, 56, 56, 64), (3, 3, 64, 64), strides=(2, 2)),
+        _problem((8, 56, 56, 64), (3, 3, 64, 64), padding="VALID"),
+        _problem((8, 56, 56, 16), (3, 3, 16, 16)),
+        _problem((8, 56, 56, 160), (3, 3, 160, 160)),
+        _problem((8, 56, 56, 64), (1, 1, 64, 64)),
+        _problem((8, 56, 64), (3, 64, 64), strides=(1,)),
+        weight_problem(posed),
+    ):
+        assert "image of YNNPACK" in eigen.why_not(refused)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="YNNPACK came with jax 0.10")
@@ -579,35 +628,35 @@ def test_signals_of_few_features_are_images_of_one_row(features, window, axes):
 
 
 @pytest.mark.parametrize(
-    "algorithm, lhs, rhs, strides, apart",
+    "algorithm, lhs, rhs, strides, width, apart",
     (
-        ("pointwise", (1, 32, 32, 64), (1, 1, 64, 96), (1, 1), 64),
-        ("pointwise", (1, 32, 32, 128), (1, 1, 128, 64), (1, 1), 64),
-        ("pointwise", (1, 32, 32, 96), (1, 1, 96, 96), (1, 1), 96),
-        ("pointwise", (1, 32, 32, 48), (1, 1, 48, 96), (1, 1), None),
-        ("pointwise", (1, 20, 51, 64), (1, 1, 64, 96), (1, 1), None),
-        ("pointwise", (1, 32, 32, 64), (1, 1, 64, 342), (1, 1), None),
-        ("pointwise", (1, 32, 32, 32), (1, 1, 32, 96), (1, 1), None),
-        ("patches", (1, 64, 64, 16), (2, 2, 16, 80), (2, 2), 64),
-        ("im2col", (1, 50, 48, 32), (3, 3, 32, 64), (1, 1), 64),
-        ("winograd", (2, 8, 8, 32), (3, 3, 32, 33), (1, 1), 32),
-        ("winograd", (2, 8, 8, 33), (3, 3, 33, 32), (1, 1), 32),
+        ("pointwise", (1, 32, 32, 64), (1, 1, 64, 96), (1, 1), 64, True),
+        ("pointwise", (1, 32, 32, 128), (1, 1, 128, 64), (1, 1), 64, True),
+        ("pointwise", (1, 32, 32, 96), (1, 1, 96, 96), (1, 1), 96, True),
+        ("pointwise", (1, 32, 32, 48), (1, 1, 48, 96), (1, 1), 48, False),
+        ("pointwise", (1, 20, 51, 64), (1, 1, 64, 96), (1, 1), 64, False),
+        ("pointwise", (1, 32, 32, 64), (1, 1, 64, 342), (1, 1), 64, False),
+        ("pointwise", (1, 32, 32, 32), (1, 1, 32, 96), (1, 1), 32, False),
+        ("patches", (1, 64, 64, 16), (2, 2, 16, 80), (2, 2), 64, True),
+        ("im2col", (1, 50, 48, 32), (3, 3, 32, 64), (1, 1), 64, True),
+        ("winograd", (2, 8, 8, 32), (3, 3, 32, 33), (1, 1), 32, True),
+        ("winograd", (2, 8, 8, 33), (3, 3, 33, 32), (1, 1), 32, True),
     ),
 )
-def test_rows_that_collide_in_the_cache_are_taken_apart(algorithm, lhs, rhs, strides, apart):
+def test_rows_that_collide_in_the_cache_are_taken_apart(algorithm, lhs, rhs, strides, width, apart):
     """A product over rows reads its left operand down a few columns at a time: 128 bytes apart, rows evict one another."""
     algorithm = next(a for a in ALGORITHMS if a.name == algorithm)
     problem, rng = weight_problem(_problem(lhs, rhs, strides)), np.random.default_rng(0)
     x, g = (rng.standard_normal(of.shape).astype(np.float32) for of in _operands(problem))
     run = jax.jit(functools.partial(algorithm.run, problem), compiler_options=AS_USERS)
     padded = [int(n) for n in re.findall(r"stablehlo.pad.* -> tensor<(?:\d+x)*(\d+)xf32>", run.lower(x, g).as_text())]
-    assert padded.count((apart or 0) + 4) == (apart is not None)
+    assert padded.count(width + 4) == apart
     assert_close(run(x, g), reference.convolve(problem, x, g), algorithm.name, np.float32)
     doubles = problem.replace(dtype=np.dtype(np.float64))
     with jax.enable_x64(True):
         operands = [jax.ShapeDtypeStruct(of.shape, np.float64) for of in _operands(problem)]
         text = jax.jit(functools.partial(algorithm.run, doubles)).lower(*operands).as_text()
-    assert f"x{(apart or 0) + 4}xf64>" not in text
+    assert f"x{width + 4}xf64>" not in text
 
 
 def test_depthwise_kernel_gradients_are_taken_in_parts_that_stay_in_the_cache():

@@ -98,14 +98,7 @@ class Subpixel:
         inner, size = self.inner.cost(part, device), problem.dtype.itemsize
         shuffled = 2 * prod(part.output_shape) * problem.out_dtype.itemsize
         moved = inner.bytes + shuffled + 4 * prod(part.rhs_shape) * size
-        slow = 2 if part.rhs_shape[0] < _LANES // 2 else 1  # XLA:CPU's convolution to a few features
-        return replace(
-            inner,
-            efficiency=inner.efficiency // slow + 1,
-            bytes=moved,
-            workspace=inner.workspace + shuffled // 2,
-            kernels=inner.kernels + 3,
-        )
+        return replace(inner, bytes=moved, workspace=inner.workspace + shuffled // 2, kernels=inner.kernels + 3)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         part, leading = _merged(problem)

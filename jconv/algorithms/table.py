@@ -34,5 +34,6 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     Phase(_CHANNEL_LAST),
     Subpixel(_CHANNEL_LAST),
     _CHANNEL_LAST,
+    Xla("eigen", channel_last=True, eigen=True),
     Xla(),
 )

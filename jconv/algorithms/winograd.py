@@ -97,10 +97,10 @@ class Winograd:
             images, features = features, images
         components = (self.tile + 2) ** len(_axes(problem))
         rows, out, other = images * prod(tiles), problem.rhs_shape[0], _other_taps(problem)
-        kernel = 0 if problem.is_weight_gradient else features * out * other
+        kernel = features * out * other  # transformed, or the products of a kernel gradient
         stored = components * (rows * (features + out) + kernel) * problem.dtype.itemsize
         efficiency = 740 if problem.is_weight_gradient else 950
-        half = 44 if problem.is_weight_gradient else 24
+        half = 44 if problem.is_weight_gradient else 28
         for width in (features, out):
             efficiency = efficiency * width**2 // (width**2 + half**2)
         flops = 2 * components * rows * features * out * other

@@ -31,14 +31,21 @@ class Xla:
     With ``channel_last`` it is called as XLA:CPU does it fastest. The operands are transposed to (batch, *spatial,
     features) and (*window, in, out) first: at the top of a program XLA:CPU does that by itself; inside a loop it does
     not, and a kernel gradient, which never lies so, then runs 100 times slower. And what YNNPACK leaves to Eigen, or is
-    slow with, is posed to it otherwise (:func:`_suited`)."""
+    slow with, is posed to it otherwise (:func:`_suited`). With ``eigen``, too, an image that is YNNPACK's is left to
+    Eigen, which is slower on one thread, but uses all of them where YNNPACK uses one."""
 
     name: str = "xla"
     accuracy: Accuracy = "direct"
     channel_last: bool = False
+    eigen: bool = False
 
     def why_not(self, problem: ConvProblem) -> str | None:
-        return refuse_unsized(problem) if self.channel_last else None
+        refusal = refuse_unsized(problem) if self.channel_last else None
+        if refusal is None and self.eigen:
+            usual, other = (_is_ynnpacks(_suited(problem, eigen)[0]) for eigen in (False, True))
+            if other or not usual:
+                return "needs an image of YNNPACK's, padded to its own size"
+        return refusal
 
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
         if device.vendor_default:
@@ -48,8 +55,9 @@ class Xla:
         kernels = 2 if self.channel_last else 1 if problem.layout == _channel_last(problem.spatial_rank) else 3
         if self.channel_last:
             posed = _as_image(problem)
-            laid, _ = _suited(posed)
-            for shape, own in ((laid.lhs_shape, posed.lhs_shape), (laid.output_shape, posed.output_shape)):
+            laid, _ = _suited(posed, self.eigen)
+            for of in ("lhs_shape", "rhs_shape", "output_shape"):
+                shape, own = getattr(laid, of), getattr(posed, of)
                 if shape != own:
                     held, kernels = held + prod(shape) * size, kernels + 1
                     moved += (prod(shape) + prod(own)) * size
@@ -81,7 +89,7 @@ class Xla:
         posed = _as_image(problem)
         if posed is not problem:
             lhs, rhs = jnp.expand_dims(lhs, 1), jnp.expand_dims(rhs, 0)
-        laid, written = _suited(posed)
+        laid, written = _suited(posed, self.eigen)
         more, wide = laid.lhs_shape[1] - problem.lhs_shape[1], laid.rhs_shape[0] - problem.rhs_shape[0]
         lhs = _with_zeros(lhs, [(0, 0), *written, (0, more)])
         if any(any(pair) for pair in written):
@@ -123,7 +131,7 @@ def _as_image(problem: ConvProblem) -> ConvProblem:
     """A signal of few features as an image of one row, which XLA:CPU runs 1.1 to 3 times faster."""
     p = problem
     signal = _YNNPACK and p.spatial_rank == 1 and p.groups == 1 and p.dtype == np.float32 and p.lhs_dilation == (1,)
-    few = is_static(*p.rhs_shape[:2]) and min(p.rhs_shape[:2]) <= _FEW_FOR_EIGEN
+    few = is_static(*p.rhs_shape[:2]) and min(p.rhs_shape[:2]) <= _FEW_WHERE_IT_GROWS
     if not (signal and few) or p.is_pointwise or p.is_weight_gradient:
         return problem
     (batch, features, size), (out, inner, window) = p.lhs_shape, p.rhs_shape
@@ -133,13 +141,14 @@ def _as_image(problem: ConvProblem) -> ConvProblem:
     )  # fmt: skip
 
 
-def _suited(problem: ConvProblem) -> tuple[ConvProblem, Sequence[tuple[int, int]]]:
+def _suited(problem: ConvProblem, eigen: bool = False) -> tuple[ConvProblem, Sequence[tuple[int, int]]]:
     """The problem as XLA:CPU runs it fastest, and the padding that is written out for it; its result may have more features,
-    and another row.
+    and be longer.
 
     - Input features of zeros, and kernels of zeros: :func:`_filled`.
-    - An image whose result is larger along an axis is Eigen's, which is 1.2 to 4 times slower of few features: there the padding
-      that makes it larger is written out. Of many features Eigen is up to 1.2 times faster: there the result gets another row.
+    - An image whose result is larger along an axis is Eigen's, which is 1.2 to 4 times slower of up to 64 features, and 15 times
+      and more of doubles: there the padding that makes it larger is written out.
+    - Of 160 features and more Eigen is up to 1.7 times faster, where the image is not tiny: there the result gets another row.
     - An image without padding gets a row of it: without any, YNNPACK runs up to five times slower.
     - A kernel gradient of few images to few features gets its padding written out: else it runs up to eight times slower."""
     laid, written = _filled(problem), [(0, 0)] * problem.spatial_rank
@@ -150,31 +159,44 @@ def _suited(problem: ConvProblem) -> tuple[ConvProblem, Sequence[tuple[int, int]
     if _is_narrow_gradient(problem):
         written = list(problem.padding)
     elif image and any(excess):
-        if prod(problem.window) < _TAPS_FOR_A_COPY or fewer > _FEW_FOR_EIGEN:
+        slow = fewer <= _FEW_WHERE_IT_GROWS or problem.dtype == np.float64
+        if prod(problem.window) < _TAPS_FOR_A_COPY or not slow:
             return problem, written
-        for i, (low, _) in enumerate(problem.padding if not _is_small(laid) else ()):
+        for i, (low, _) in enumerate(problem.padding):
             at_start = min(max(low, 0), excess[i])
             written[i] = (at_start, excess[i] - at_start)
-    elif image and not problem.is_pointwise and fewer >= _MANY_FOR_EIGEN:
-        same = [i for i, n in enumerate(problem.lhs_shape[2:]) if problem.output_shape[2 + i] == n]
-        longest = max(same, key=lambda i: problem.lhs_shape[2 + i], default=None)
-        more = ((low, high + (i == longest)) for i, (low, high) in enumerate(problem.padding))
-        laid = laid.replace(padding=tuple(more))
+    elif image and (eigen or fewer >= _MANY_WHERE_IT_DOES_NOT) and not (problem.is_pointwise or _is_small(problem)):
+        sizes = enumerate(zip(problem.output_shape[2:], problem.lhs_shape[2:], problem.strides, strict=True))
+        same = [i for i, (n, m, stride) in sizes if n == m >= _ROWS_FOR_ONE_MORE and stride == 1]
+        if same and problem.dtype == np.float32:
+            longest = max(same, key=lambda i: problem.lhs_shape[2 + i])
+            laid = problem.replace(padding=_with_one_more(problem, longest))
     if any(any(pair) for pair in written):
         sizes = (n + low + high for n, (low, high) in zip(problem.lhs_shape[2:], written, strict=True))
         left = tuple((a - c, b - d) for (a, b), (c, d) in zip(problem.padding, written, strict=True))
         laid = laid.replace(lhs_shape=(*laid.lhs_shape[:2], *sizes), padding=left)
     if _is_bare(laid):
-        laid = laid.replace(padding=((0, problem.strides[0]), (0, 0)))
+        shorter = (n < m for n, m in zip(laid.output_shape[2:], laid.lhs_shape[2:], strict=True))
+        laid = laid.replace(padding=_with_one_more(laid, next(i for i, is_so in enumerate(shorter) if is_so)))
     return laid, written
+
+
+def _with_one_more(problem: ConvProblem, axis: int) -> tuple[tuple[int, int], ...]:
+    """The padding that makes the result one longer along ``axis``."""
+    more = (
+        (low, high + stride * (i == axis))
+        for i, ((low, high), stride) in enumerate(zip(problem.padding, problem.strides, strict=True))
+    )
+    return tuple(more)
 
 
 def _is_bare(problem: ConvProblem) -> bool:
     """True for what YNNPACK runs slowly for want of padding (measured: several taps)."""
     padded = any(side for pair in problem.padding for side in pair)
-    image = _is_dense_image(problem) and problem.lhs_shape[2] > 1
-    image = image and not (problem.is_pointwise or problem.is_weight_gradient)
-    return image and not padded and not _is_eigens(problem)
+    image = _is_ynnpacks(problem) and problem.dtype == np.float32
+    if padded or not image or problem.is_pointwise or problem.is_weight_gradient:
+        return False
+    return any(n < m for n, m in zip(problem.output_shape[2:], problem.lhs_shape[2:], strict=True))
 
 
 def _is_narrow_gradient(problem: ConvProblem) -> bool:
@@ -183,19 +205,22 @@ def _is_narrow_gradient(problem: ConvProblem) -> bool:
     padded = any(low > 0 or high > 0 for low, high in problem.padding)
     features, images = problem.rhs_shape[:2]
     few = features <= _LANES and is_static(images) and images <= _IMAGES
-    return _is_dense_image(problem) and problem.is_weight_gradient and padded and few
+    image = _is_dense_image(problem) and problem.dtype == np.float32
+    return image and problem.is_weight_gradient and padded and few
 
 
 def _is_dense_image(problem: ConvProblem) -> bool:
     """True for what XLA:CPU has fast convolutions for, of which some are slow cases."""
     p = problem
-    return p.dtype == np.float32 and p.spatial_rank == 2 and p.groups == 1 and all(d == 1 for d in p.lhs_dilation)
+    dense = p.spatial_rank == 2 and p.groups == 1 and all(d == 1 for d in p.lhs_dilation)
+    return dense and p.dtype in (np.float32, np.float64)
 
 
-def _is_eigens(problem: ConvProblem) -> bool:
-    """True for the dense images that XLA:CPU does not give to YNNPACK: those of few features, and those that grow."""
+def _is_ynnpacks(problem: ConvProblem) -> bool:
+    """True for the dense images that XLA:CPU gives to YNNPACK, kernel gradients among them: not those of few features, nor those
+    that grow, which are Eigen's."""
     grows = any(is_static(n, m) and n > m for n, m in zip(problem.output_shape[2:], problem.lhs_shape[2:], strict=True))
-    return not _YNNPACK or _is_small(problem) or grows
+    return _YNNPACK and _is_dense_image(problem) and not (_is_small(problem) or grows)
 
 
 def _is_small(problem: ConvProblem) -> bool:
@@ -207,7 +232,8 @@ def _filled(problem: ConvProblem) -> ConvProblem:
 
     YNNPACK takes input features by fours (:func:`_is_odd`), and of up to 64 outputs the last block of 32 is at most three
     quarters full or runs 1.5 times slower. With at most 16 of both the image is Eigen's, which is up to three times slower."""
-    if problem.is_weight_gradient or problem.is_pointwise or not (_YNNPACK and _is_dense_image(problem)):
+    image = _YNNPACK and _is_dense_image(problem) and problem.dtype == np.float32
+    if problem.is_weight_gradient or problem.is_pointwise or not image:
         return problem
     (batch, features, *spatial), out = problem.lhs_shape, problem.rhs_shape[0]
     if not is_static(features, out):
@@ -236,7 +262,8 @@ def _is_odd(problem: ConvProblem) -> bool:
     3 of seven and more; even counts are not. Of 33 to 48 outputs: 1.5 to 2.5 of seven and more, even ones too. Fuller
     blocks, and those of three features to 96, are not."""
     out, features = problem.rhs_shape[:2]
-    if not (_YNNPACK and is_static(out, features)) or problem.is_pointwise or not _is_dense_image(problem):
+    image = _YNNPACK and _is_dense_image(problem) and problem.dtype == np.float32
+    if not (image and is_static(out, features)) or problem.is_pointwise:
         return False
     if features > 6 and 32 < out <= 48:
         return features % 4 > 0
@@ -258,8 +285,7 @@ def _is_serial(problem: ConvProblem) -> bool:
     out = problem.rhs_shape[0]
     if problem.groups > 1:
         return True
-    image = problem.spatial_rank == 2 and not _is_eigens(problem)
-    return out <= _SERIAL and (problem.is_weight_gradient or image)
+    return out <= _SERIAL and (problem.is_weight_gradient or _is_ynnpacks(problem))
 
 
 def _passes(problem: ConvProblem) -> int:
@@ -280,7 +306,9 @@ def _reread(problem: ConvProblem) -> int:
 
 _LANES = 16
 _YNNPACK = jax.__version_info__ >= (0, 10)
-_FEW_FOR_EIGEN, _MANY_FOR_EIGEN = 64, 160  # features below which YNNPACK is faster, and from which it is slower
+_FEW_WHERE_IT_GROWS = 64  # features up to which a growing image, or a signal, is better YNNPACK's
+_MANY_WHERE_IT_DOES_NOT = 160  # features from which one that does not grow is better Eigen's
+_ROWS_FOR_ONE_MORE = 5
 _TAPS_FOR_A_COPY = 4  # from which leaving Eigen gains more than a copy of the image takes
 _IMAGES = 4  # up to which a kernel gradient is slow for its padding
 _ROWS, _SHARE = 8, 2  # features whose rows are read together; how much faster the last cache is than memory
@@ -338,7 +366,7 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
     work = (out * depth) ** 2
     if _skips_holes(problem):
         rows = problem.lhs_shape[0] * prod(problem.lhs_shape[2:])
-        return (200 + 5 * min(out, 128)) * rows // (rows + 96) + 1
+        return (150 + 27 * min(out, 128) // 5) * rows // (rows + 96) + 1
     if problem.spatial_rank == 3:
         features = problem.rhs_shape[1]
         return 750 * out // (out + 64) * features // (features + 16) + 1
@@ -347,11 +375,14 @@ def _cpu_efficiency(problem: ConvProblem) -> int:
         efficiency = efficiency * (out + 10) // (_LANES + 10) + 1
     if not _is_dense_image(problem):
         return efficiency
-    if _is_eigens(problem):
-        return min(efficiency, 1080 * depth // (depth + 60) * out // (out + 16) + 1)
-    many = is_static(problem.rhs_shape[1]) and min(problem.rhs_shape[:2]) >= _MANY_FOR_EIGEN
-    peak = 900 if many else 1060
-    peak = peak * unfilled // 1000 * (2 if _is_ragged(out) else 3) // 3 * (3 if max(problem.strides) > 1 else 4) // 4
+    strided = 3 if max(problem.strides) > 1 else 4
+    if not _is_ynnpacks(problem):
+        if problem.dtype == np.float64:
+            return efficiency // 8 + 1  # a loop of scalars
+        image = 1080 * strided // 4 * depth // (depth + 50) * out // (out + _LANES) + 1
+        return image if problem.rhs_shape[1] >= _FEW else min(image, efficiency)
+    many = is_static(problem.rhs_shape[1]) and min(problem.rhs_shape[:2]) >= _MANY_WHERE_IT_DOES_NOT
+    peak = (760 if many else 1060) * unfilled // 1000 * (2 if _is_ragged(out) else 3) // 3 * strided // 4
     return peak * depth // (depth + 14) * out // (out + 5) + 1
 
 
