@@ -280,12 +280,18 @@ def _with_zeros(x: jax.Array, pairs: Sequence[tuple[int, int]]) -> jax.Array:
 
 
 def _is_serial(problem: ConvProblem) -> bool:
-    """True for what XLA:CPU was measured to run on one thread: groups, kernel gradients to few features, and images with few
-    output features, but for those that are Eigen's."""
-    out = problem.rhs_shape[0]
+    """True for what XLA:CPU was measured to run on one thread: groups, kernel gradients to few features, and of YNNPACK's images
+    those of few features, the fewer the larger the image is."""
+    out, features = problem.rhs_shape[:2]
     if problem.groups > 1:
         return True
-    return out <= _SERIAL and (problem.is_weight_gradient or _is_ynnpacks(problem))
+    if problem.is_weight_gradient:
+        return out <= _SERIAL
+    if not _is_ynnpacks(problem) or not is_static(features):
+        return False
+    if prod(problem.output_shape[2:]) >= _LARGE:
+        return features < 96 and features * out < 64 * 64
+    return features < 64 or out < 80
 
 
 def _passes(problem: ConvProblem) -> int:
@@ -316,7 +322,8 @@ _FEW = 8  # input features of a first layer
 _CACHE = 32 * MiB
 _GATHERED = 200  # products of an output from which its window is gathered slowly
 _SMALL = 1 << 20  # elements of lhs up to which it is gathered at all, with fewer
-_SERIAL = 96  # output features up to which XLA:CPU's convolution runs on one thread
+_SERIAL = 96  # features of a cotangent up to which XLA:CPU's kernel gradient runs on one thread
+_LARGE = 10_000  # positions of an image of which YNNPACK's tasks are rows, too
 
 
 def _slower(dtype: np.dtype) -> int:
