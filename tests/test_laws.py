@@ -517,7 +517,7 @@ def test_a_part_in_the_cache_is_estimated_below_the_whole(size):
         (8, 8, (8, 20)),
         (12, 16, (12, 20)),
         (16, 4, (20, 4)),
-        (16, 16, (20, 16)),
+        (16, 16, (16, 16)),
     ),
 )
 def test_features_that_ynnpack_is_slow_with_are_filled_up(features, out, filled):

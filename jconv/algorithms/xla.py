@@ -68,7 +68,9 @@ class Xla:
         if problem.reversed and not problem.is_weight_gradient:
             moved += 16 * prod(problem.rhs_shape) * size  # turned round and, as a rule, transposed: a scalar loop
         if problem.is_weight_gradient and problem.groups == 1:
-            moved += (1 if self.channel_last else 3) * _passes(problem)  # whole, they stay in no cache
+            moved += (1 if self.channel_last or problem.spatial_rank == 1 else 3) * _passes(
+                problem
+            )  # whole, they stay in no cache
             held += (prod(problem.lhs_shape) + prod(problem.rhs_shape)) * size  # both transposed
         if not self.channel_last and _is_narrow_gradient(problem):
             efficiency = efficiency // 4 + 1
@@ -158,7 +160,7 @@ def _suited(problem: ConvProblem, eigen: bool = False) -> tuple[ConvProblem, Seq
     fewer = min(problem.rhs_shape[:2]) if known else 0
     if _is_narrow_gradient(problem):
         written = list(problem.padding)
-    elif image and any(excess):
+    elif image and any(excess) and not _is_small(laid):
         slow = fewer <= _FEW_WHERE_IT_GROWS or problem.dtype == np.float64
         if prod(problem.window) < _TAPS_FOR_A_COPY or not slow:
             return problem, written
@@ -193,7 +195,7 @@ def _with_one_more(problem: ConvProblem, axis: int) -> tuple[tuple[int, int], ..
 def _is_bare(problem: ConvProblem) -> bool:
     """True for what YNNPACK runs slowly for want of padding (measured: several taps)."""
     padded = any(side for pair in problem.padding for side in pair)
-    image = _is_ynnpacks(problem) and problem.dtype == np.float32
+    image = _is_ynnpacks(problem) and problem.dtype == np.float32 and problem.lhs_shape[2] > 1
     if padded or not image or problem.is_pointwise or problem.is_weight_gradient:
         return False
     return any(n < m for n, m in zip(problem.output_shape[2:], problem.lhs_shape[2:], strict=True))
@@ -231,7 +233,8 @@ def _filled(problem: ConvProblem) -> ConvProblem:
     """With input features of zeros, and kernels of zeros whose results are cut off, where XLA:CPU was measured to be slow without.
 
     YNNPACK takes input features by fours (:func:`_is_odd`), and of up to 64 outputs the last block of 32 is at most three
-    quarters full or runs 1.5 times slower. With at most 16 of both the image is Eigen's, which is up to three times slower."""
+    quarters full or runs 1.5 times slower. With at most 16 of both the image is Eigen's, which is up to three times slower but
+    of 16 and 16."""
     image = _YNNPACK and _is_dense_image(problem) and problem.dtype == np.float32
     if problem.is_weight_gradient or problem.is_pointwise or not image:
         return problem
@@ -239,11 +242,11 @@ def _filled(problem: ConvProblem) -> ConvProblem:
     if not is_static(features, out):
         return problem
     more, wide = features, out
-    if _is_small(problem) and (features > out or features == _LANES):
+    if _is_small(problem) and features > out:
         more = _LANES + 4
-    elif _is_small(problem):
+    elif _is_small(problem) and features * out < _LANES**2:
         more, wide = features + -features % 4, _LANES + 4
-    else:
+    elif not _is_small(problem):
         more += -features % 4 if _is_odd(problem) else 0
         wide += -out % 32 if _is_ragged(out) else 0
     if (more, wide) == (features, out):
