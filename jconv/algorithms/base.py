@@ -265,7 +265,8 @@ def pays_apart(rows: int, width: int, other: int) -> bool:
     return width > _ALIASED and rows >= max(_ROWS, 3 * other)
 
 
-_ALIASED, _APART, _ROWS = 32, 4, 1024
+_ALIASED, _APART = 32, 4  # columns of float32 that are 128 bytes; how many of zeros take rows apart
+_ROWS = 1024  # below which a product is too small to gain
 
 
 def phases(problem: ConvProblem, i: int) -> tuple[int, int, list[list[tuple[int, int]]]]:

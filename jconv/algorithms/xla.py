@@ -195,7 +195,7 @@ def _with_one_more(problem: ConvProblem, axis: int) -> tuple[tuple[int, int], ..
 def _is_bare(problem: ConvProblem) -> bool:
     """True for what YNNPACK runs slowly for want of padding (measured: several taps)."""
     padded = any(side for pair in problem.padding for side in pair)
-    image = _is_ynnpacks(problem) and problem.dtype == np.float32 and problem.lhs_shape[2] > 1
+    image = _is_ynnpacks(problem) and _is_float32_image(problem) and problem.lhs_shape[2] > 1
     if padded or not image or problem.is_pointwise or problem.is_weight_gradient:
         return False
     return any(n < m for n, m in zip(problem.output_shape[2:], problem.lhs_shape[2:], strict=True))
@@ -207,8 +207,7 @@ def _is_narrow_gradient(problem: ConvProblem) -> bool:
     padded = any(low > 0 or high > 0 for low, high in problem.padding)
     features, images = problem.rhs_shape[:2]
     few = features <= _LANES and is_static(images) and images <= _IMAGES
-    image = _is_dense_image(problem) and problem.dtype == np.float32
-    return image and problem.is_weight_gradient and padded and few
+    return _is_float32_image(problem) and problem.is_weight_gradient and padded and few
 
 
 def _is_dense_image(problem: ConvProblem) -> bool:
@@ -216,6 +215,10 @@ def _is_dense_image(problem: ConvProblem) -> bool:
     p = problem
     dense = p.spatial_rank == 2 and p.groups == 1 and all(d == 1 for d in p.lhs_dilation)
     return dense and p.dtype in (np.float32, np.float64)
+
+
+def _is_float32_image(problem: ConvProblem) -> bool:
+    return _is_dense_image(problem) and problem.dtype == np.float32
 
 
 def _is_ynnpacks(problem: ConvProblem) -> bool:
@@ -235,8 +238,7 @@ def _filled(problem: ConvProblem) -> ConvProblem:
     YNNPACK takes input features by fours (:func:`_is_odd`), and of up to 64 outputs the last block of 32 is at most three
     quarters full or runs 1.5 times slower. With at most 16 of both the image is Eigen's, which is up to three times slower but
     of 16 and 16."""
-    image = _YNNPACK and _is_dense_image(problem) and problem.dtype == np.float32
-    if problem.is_weight_gradient or problem.is_pointwise or not image:
+    if problem.is_weight_gradient or problem.is_pointwise or not (_YNNPACK and _is_float32_image(problem)):
         return problem
     (batch, features, *spatial), out = problem.lhs_shape, problem.rhs_shape[0]
     if not is_static(features, out):
@@ -265,8 +267,7 @@ def _is_odd(problem: ConvProblem) -> bool:
     3 of seven and more; even counts are not. Of 33 to 48 outputs: 1.5 to 2.5 of seven and more, even ones too. Fuller
     blocks, and those of three features to 96, are not."""
     out, features = problem.rhs_shape[:2]
-    image = _YNNPACK and _is_dense_image(problem) and problem.dtype == np.float32
-    if not (image and is_static(out, features)) or problem.is_pointwise:
+    if not (_YNNPACK and _is_float32_image(problem) and is_static(out, features)) or problem.is_pointwise:
         return False
     if features > 6 and 32 < out <= 48:
         return features % 4 > 0
@@ -314,10 +315,10 @@ def _reread(problem: ConvProblem) -> int:
 
 
 _LANES = 16
-_YNNPACK = jax.__version_info__ >= (0, 10)
+_YNNPACK = jax.__version_info__ >= (0, 10)  # whether XLA:CPU has it
 _FEW_WHERE_IT_GROWS = 64  # features up to which a growing image, or a signal, is better YNNPACK's
 _MANY_WHERE_IT_DOES_NOT = 160  # features from which one that does not grow is better Eigen's
-_ROWS_FOR_ONE_MORE = 5
+_ROWS_FOR_ONE_MORE = 5  # of which one more is little
 _TAPS_FOR_A_COPY = 4  # from which leaving Eigen gains more than a copy of the image takes
 _IMAGES = 4  # up to which a kernel gradient is slow for its padding
 _ROWS, _SHARE = 8, 2  # features whose rows are read together; how much faster the last cache is than memory
