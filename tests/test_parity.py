@@ -1219,18 +1219,21 @@ def test_layers_inside_remat_and_jit():
     assert report.ok and {"head"} <= {row.name for row in report.rows}, str(report)
 
 
-def test_a_port_that_runs_traced_only_is_judged_in_float64():
+@pytest.mark.parametrize("before", [True, False], ids=["traced_before", "first_traced_here"])
+def test_a_port_that_runs_traced_only_is_judged_in_float64(before):
     """Its hidden layers are looked for operation by operation, where it raises; that attempt leaves nothing behind."""
     x = image(3, 4)
     theirs = settled(Function(lambda self, x: self.head(self.body(x)), body=tn.Linear(4, 6), head=tn.Linear(6, 5)), x)
+    body = nnx.jit(lambda layer, x: layer(x))
 
     def traced_only(self, x):
         if not isinstance(x, jax.core.Tracer):
             raise ValueError("runs under jit")
-        return self.head(traced_before(self.body, x))
+        return self.head(body(self.body, x))
 
     port = Call(traced_only, body=nnx.Linear(4, 6, rngs=R), head=nnx.Linear(6, 5, rngs=R))
-    traced_before(port.body, jnp.asarray(x))
+    if before:
+        body(port.body, jnp.asarray(x))
     report = parity.compare(theirs, port, x, load=True)
     assert report.ok and not any("float64" in note for note in report.notes), str(report)
 

@@ -355,6 +355,21 @@ class Port:
     def record(self, inputs: Sequence[Any]) -> Recording:
         """Runs it as one compiled program, which returns what every layer gave; where layers lie in programs of
         their own (``scan``, ``remat``, an inner ``jit``), operation by operation."""
+        try:
+            return self._recorded(inputs, self.eager)
+        except jax.errors.UnexpectedTracerError:
+            pass
+        try:
+            recording = self._recorded(inputs, eager=True)
+        except Exception as error:
+            try:  # It runs traced only. Inner programs are traced by now and not entered again.
+                return self._recorded(inputs, eager=False)
+            except jax.errors.UnexpectedTracerError:
+                raise error from None
+        self.eager = True
+        return recording
+
+    def _recorded(self, inputs: Sequence[Any], eager: bool) -> Recording:
         meta: list[Layer] = []
 
         def program(state: Any, inputs: Sequence[Any]) -> Any:
@@ -363,13 +378,9 @@ class Port:
             meta.extend(layers)
             return outputs, after, [(layer.inputs, layer.outputs) for layer in layers]
 
-        try:
-            with jax.disable_jit() if self.eager else contextlib.nullcontext():
-                run = program if self.eager else jax.jit(program)
-                outputs, after, arrays = run(self.state, list(inputs))
-        except jax.errors.UnexpectedTracerError:
-            self.eager = True
-            return self.record(inputs)
+        with jax.disable_jit() if eager else contextlib.nullcontext():
+            run = program if eager else jax.jit(program)
+            outputs, after, arrays = run(self.state, list(inputs))
         arrays = [given if not _holds_tracers(given) else ([], []) for given in arrays]
         for layer, (taken, given) in zip(meta, arrays, strict=True):
             layer.inputs, layer.outputs = [*map(as_real, taken)], [*map(as_real, given)]
