@@ -62,9 +62,9 @@ class Direct:
             padded = 0
         efficiency = 1000 * width // (width + 8)
         if problem.groups > 1:
-            pointwise = prod(problem.rhs_shape[2:]) == 1
-            efficiency = (700 if pointwise else 500) * gcd(width // problem.groups, _LANES) // _LANES
-            if not pointwise and prod(problem.rhs_shape) * accumulator(problem).itemsize > _CACHED_BYTES:
+            efficiency = 700 * gcd(width // problem.groups, _LANES) // _LANES
+            is_pointwise = prod(problem.rhs_shape[2:]) == 1
+            if not is_pointwise and prod(problem.rhs_shape) * accumulator(problem).itemsize > _CACHED_BYTES:
                 efficiency //= 2
         phases = prod(problem.lhs_dilation)
         apart = prod(problem.output_shape) * problem.out_dtype.itemsize if phases > 1 else 0  # until they interleave

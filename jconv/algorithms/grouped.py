@@ -24,7 +24,9 @@ from jconv.algorithms.base import (
     Cost,
     accumulator,
     by_phase,
-    inverse,
+    collides,
+    from_channel_last,
+    from_gradient,
     operand_bytes,
     pad_and_dilate,
     refuse_unsized,
@@ -32,6 +34,7 @@ from jconv.algorithms.base import (
     shifts,
     summed,
     unreversed,
+    zeros_as,
 )
 from jconv.device import Device
 from jconv.problem import ConvProblem, is_static
@@ -39,6 +42,7 @@ from jconv.problem import ConvProblem, is_static
 _MOST_TAPS = 128
 _NARROW = 32  # features of a block below which the shifted sums cost less than more columns
 _CHUNK_BYTES = 1 << 20  # of columns at a time
+_INTERLEAVED = 8  # passes over a result that phases are written into
 _SLICED = 320  # features of a block below which copying it takes longer than what it holds
 
 
@@ -73,22 +77,25 @@ class Grouped:
             fold, places = shifts(problem)
             flops = flops * places // (*problem.window, 1)[problem.spatial_rank - 1]
             height, width = fold * q * outputs, taps // fold * q * features
-            efficiency = 900 * height // (height + 16) * width // (width + 16)
+            peak = 550 if collides(problem, height) else 900
+            efficiency = peak * height // (height + 16) * width // (width + 16)
         else:
-            efficiency = min(900, 170 + 4 * q * features)
-        # Slices of the operands are copied, and the results of the blocks lie one after the other before they are merged.
+            efficiency = min(85 + 20 * q * features, 400 + 2 * q * features, 900)
+        # Slices of the operands are copied, and a result is zeros before the blocks' are written into it.
         apart = prod(problem.output_shape) * problem.out_dtype.itemsize
-        moved = 2 * operand_bytes(problem)
+        moved = 2 * operand_bytes(problem) + apart
         if taps > 1:
-            moved += 2 * images * each * problem.groups
-        elif gradient:  # of few features, a slice touches the cache lines and pages of all
-            moved += operand_bytes(problem) * _SLICED // min(q * features, q * outputs)
-        return Cost(
-            flops,
-            moved + apart,
-            each * _images(images, each * q) * q + apart,
-            efficiency + 1,
-        )
+            passes = 6 if device.cache and each * q > device.cache else 2
+            moved += passes * images * each * problem.groups
+        # Of few features, a slice touches the cache lines and pages of all.
+        if taps == 1:
+            moved += operand_bytes(problem) * _SLICED // min(q * features, q * outputs) // (1 if gradient else 2)
+        elif not gradient and prod(problem.strides) > 1:
+            moved += prod(problem.lhs_shape) * problem.dtype.itemsize * _SLICED // (4 * q * features)
+        if not gradient and prod(problem.lhs_dilation) > 1:
+            moved += _INTERLEAVED * apart
+        held = each * _images(images, each * q) * q + (apart if gradient else 0)
+        return Cost(flops, moved, held, efficiency + 1)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         problem, rhs = unreversed(problem, rhs)
@@ -128,7 +135,8 @@ def _column_bytes(problem: ConvProblem) -> int:
     _, features, outputs = _block(problem)
     taps, size = prod(_window(problem)), problem.dtype.itemsize
     if problem.batch_groups == 1:
-        return prod(problem.output_shape[2:]) * taps // (problem.window[0] if _folds(problem) else 1) * features * size
+        met = taps // (problem.window[0] if _folds(problem) else 1)  # over all phases, each of which has its share
+        return prod(problem.output_shape[2:]) * met // prod(problem.lhs_dilation) * features * size
     fold, places = shifts(problem)
     cotangent = fold * outputs if fold > 1 else 0
     return prod(problem.window[:-1]) * places * (taps // fold * features + cotangent) * size
@@ -159,7 +167,7 @@ def _convolved(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Arra
     images = _images(batch, prod(sizes) * w.shape[1] * problem.dtype.itemsize)
     chunks = batch // images if is_static(batch) else 1
 
-    def block(i: jax.Array) -> jax.Array:
+    def write(i: jax.Array, out: jax.Array) -> jax.Array:
         x = _part(lhs, (batch_axis, *spatial, feature_axis), i % chunks, images, i // chunks, q * features)
         x = pad_and_dilate(problem, x, range(1, x.ndim - 1))
         x = _columns(x, taps, problem.rhs_dilation, sizes, problem.strides)
@@ -177,16 +185,16 @@ def _convolved(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Arra
                 lax.slice_in_dim(y[..., t, :], at, at + problem.output_shape[2], axis=1) for t, at in enumerate(shifts)
             ]
             y = summed(parts, chains=1)
-        return y.astype(problem.out_dtype)
+        y = from_channel_last(problem, y.astype(problem.out_dtype))
+        at = {out_spec[0]: i % chunks * images, out_spec[1]: i // chunks * q * outputs}
+        return lax.dynamic_update_slice(out, y, [at.get(axis, 0) for axis in range(y.ndim)])
 
-    y = lax.map(block, jnp.arange(blocks * chunks))
-    y = y.reshape(blocks, batch, *y.shape[2:])
-    y = y.transpose(1, 0, y.ndim - 1, *range(2, y.ndim - 1)).reshape(problem.output_shape)
-    return y.transpose(inverse(out_spec))
+    empty = zeros_as(lhs, problem.physical_output_shape, problem.out_dtype)
+    return lax.fori_loop(0, blocks * chunks, write, empty)
 
 
 def _kernel_gradient(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    (feature_axis, batch_axis, *spatial), rhs_spec, out_spec = problem.layout
+    (feature_axis, batch_axis, *spatial), rhs_spec, _ = problem.layout
     q, features, outputs = _block(problem)
     blocks, window, batch = problem.groups // q, _window(problem), problem.lhs_shape[1]
     sizes, taps = list(problem.window), [range(k) for k in window]
@@ -215,8 +223,8 @@ def _kernel_gradient(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> ja
 
     z = lax.map(block, jnp.arange(blocks)).reshape(blocks, fold, q, outputs, -1, q, features)
     z = jnp.stack([z[:, :, i, :, :, i] for i in range(q)], 1).transpose(0, 1, 3, 4, 2, 5)
-    z = z.reshape(problem.rhs_shape[0], *window, features).astype(problem.out_dtype)
-    return z.transpose(tuple((z.ndim - 1, *range(z.ndim - 1))[axis] for axis in inverse(out_spec)))
+    z = jnp.moveaxis(z.reshape(problem.rhs_shape[0], *window, features), 0, -1).astype(problem.out_dtype)
+    return from_gradient(problem, z)
 
 
 def _part(x: jax.Array, order: Sequence[int], i: jax.Array, images: int, b: jax.Array, width: int) -> jax.Array:

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from math import prod
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from jconv.adjoint import merge_axis
-from jconv.algorithms.base import Accuracy, Algorithm, Cost, operand_bytes, refuse_unsized
+from jconv.algorithms.base import Accuracy, Algorithm, Cost, operand_bytes, refuse_unsized, zeros_as
 from jconv.device import Device
 from jconv.problem import ConvProblem
 
 _LANES = 16  # features of a cache line
+_PAGE, _WAYS = 4096, 512  # bytes between positions that fall on few sets of the cache, and how many of them those hold
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,18 @@ class Groupwise:
         group, groups = _group(problem), problem.groups
         one = self.inner.cost(group, device)
         width = min(group.lhs_shape[0 if problem.is_weight_gradient else 1], group.rhs_shape[0])
-        # A slice of few features touches the cache lines of all; in a kernel gradient it is transposed, too.
-        sliced = max(8 if problem.is_weight_gradient else 2, 2 * _LANES // width) - 1
-        # The results of the groups lie one after the other before they are merged.
-        apart = prod(problem.output_shape) * problem.out_dtype.itemsize
-        # A group's product is too small for its slices.
-        efficiency = one.efficiency if max(problem.window, default=1) > 1 else one.efficiency * 5 // 7 + 1
+        # A slice of few features touches the cache lines of all; in a kernel gradient it is transposed, too, one number at a time.
+        sliced = max(_turned(problem) if problem.is_weight_gradient else 2, 2 * _LANES // width) - 1
+        # A result is zeros before the groups' are written into it.
+        written = 2 * prod(problem.output_shape) * problem.out_dtype.itemsize
+        efficiency = one.efficiency
+        if max(problem.window, default=1) == 1:  # a group's product is too small for its slices
+            efficiency = efficiency * 5 // 7 + 1
+        elif problem.is_weight_gradient and prod(problem.rhs_dilation) > 1:
+            efficiency = efficiency // 2 + 1
         return Cost(
-            one.flops * groups, one.bytes * groups + sliced * operand_bytes(problem) + 2 * apart,
-            one.workspace + apart, efficiency, one.unit,
+            one.flops * groups, one.bytes * groups + sliced * operand_bytes(problem) + written,
+            one.workspace + operand_bytes(group), efficiency, one.unit,
             (one.kernels + (12 if problem.is_weight_gradient else 4)) * groups, one.threads,
         )  # fmt: skip
 
@@ -56,12 +58,15 @@ class Groupwise:
             (lhs_spec[0], group.lhs_shape[0]) if problem.batch_groups > 1 else (lhs_spec[1], group.lhs_shape[1])
         )
 
-        def one(i: jax.Array) -> jax.Array:
-            x = lax.dynamic_slice_in_dim(lhs, i * size, size, grouped)
-            w = lax.dynamic_slice_in_dim(rhs, i * group.rhs_shape[0], group.rhs_shape[0], rhs_spec[0])
-            return self.inner.run(group, x, w)
+        outputs, features = group.rhs_shape[0], out_spec[1]
 
-        return merge_axis(lax.map(one, jnp.arange(problem.groups)), 0, out_spec[1])
+        def write(i: jax.Array, y: jax.Array) -> jax.Array:
+            x = lax.dynamic_slice_in_dim(lhs, i * size, size, grouped)
+            w = lax.dynamic_slice_in_dim(rhs, i * outputs, outputs, rhs_spec[0])
+            return lax.dynamic_update_slice_in_dim(y, self.inner.run(group, x, w), i * outputs, features)
+
+        empty = zeros_as(lhs, problem.physical_output_shape, problem.out_dtype)
+        return lax.fori_loop(0, problem.groups, write, empty)
 
 
 def _group(problem: ConvProblem) -> ConvProblem:
@@ -71,3 +76,10 @@ def _group(problem: ConvProblem) -> ConvProblem:
         lhs_shape=(batch // p.batch_groups, features // p.feature_groups, *spatial),
         rhs_shape=(p.rhs_shape[0] // p.groups, *p.rhs_shape[1:]), feature_groups=1, batch_groups=1,
     )  # fmt: skip
+
+
+def _turned(problem: ConvProblem) -> int:
+    """Passes over the operands of a kernel gradient that transposing them takes."""
+    apart = {features * problem.dtype.itemsize for features in (problem.lhs_shape[0], problem.rhs_shape[0])}
+    conflict = any(size % _PAGE == 0 for size in apart) and prod(problem.window) > _WAYS
+    return 32 if conflict else 8

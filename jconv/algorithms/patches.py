@@ -52,7 +52,8 @@ class Patches:
             moved = prod(problem.lhs_shape) // problem.lhs_shape[1] * problem.rhs_shape[0] * window
             width, depth = problem.rhs_shape[0] * window, problem.lhs_shape[1]
         else:
-            flops, moved, passes = 2 * problem.macs, prod(problem.lhs_shape), 4  # to gather is slower than to scatter
+            flops, moved = 2 * problem.macs, prod(problem.lhs_shape)
+            passes = 7 if problem.is_weight_gradient else 4  # to gather is slower than to scatter
             width, depth = problem.rhs_shape[0], prod(problem.rhs_shape[1:])
         efficiency = 900 * width // (width + 16) * depth // (depth + 16) + 1
         return Cost(flops, operand_bytes(problem) + passes * moved * size, moved * size, efficiency, kernels=3)

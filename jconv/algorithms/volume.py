@@ -28,7 +28,7 @@ from jconv.problem import ConvProblem, Layout
 
 _IMAGES = Layout((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # NHWC, HWIO
 _GRADIENTS = Layout((0, 3, 1, 2), (3, 0, 1, 2), (2, 3, 0, 1))
-_MANY = 8  # features that XLA:CPU's convolution sums over at full speed
+_TURNED = 10  # passes over an input that is laid with its features last but one, one number at a time
 _FEW = 16  # input features up to which the depth's taps become features of one convolution
 
 
@@ -59,13 +59,13 @@ class Volume:
         part, taps = _slice_problem(problem), 1 if _folds(problem) else _depth(problem)
         one = self.inner.cost(part, device)
         copied = 2 * prod(part.lhs_shape) * problem.dtype.itemsize
-        summed = 0 if problem.is_weight_gradient else 2 * prod(problem.output_shape) * problem.out_dtype.itemsize
-        efficiency = one.efficiency
-        if problem.is_weight_gradient:  # whose slices are what is summed over, as features
-            efficiency = efficiency * min(part.rhs_shape[1], _MANY) // _MANY + 1
+        if problem.is_weight_gradient:
+            turned, summed = _TURNED * prod(problem.lhs_shape) * problem.dtype.itemsize, 0
+        else:
+            turned, summed = 0, 2 * prod(problem.output_shape) * problem.out_dtype.itemsize
         return Cost(
-            taps * one.flops, taps * (one.bytes + copied + summed), copied + summed + one.workspace, efficiency,
-            one.unit, taps * (one.kernels + 2), one.threads,
+            taps * one.flops, taps * (one.bytes + copied + summed) + turned, copied + summed + one.workspace,
+            one.efficiency, one.unit, taps * (one.kernels + 2), one.threads,
         )  # fmt: skip
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
