@@ -62,7 +62,7 @@ class Fold:
         return Cost(
             2 * rows * features * width,
             operand_bytes(problem) + (stored + added) * 3 // 4,
-            stored,
+            stored + prod(problem.rhs_shape) * problem.dtype.itemsize,  # the kernel, transposed
             efficiency,
             kernels=3,
         )

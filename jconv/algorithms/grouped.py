@@ -92,9 +92,11 @@ class Grouped:
             moved += operand_bytes(problem) * _SLICED // min(q * features, q * outputs) // (1 if gradient else 2)
         elif not gradient and prod(problem.strides) > 1:
             moved += prod(problem.lhs_shape) * problem.dtype.itemsize * _SLICED // (4 * q * features)
-        if not gradient and prod(problem.lhs_dilation) > 1:
+        phases = 1 if gradient else prod(problem.lhs_dilation)  # whose results lie apart until they interleave
+        if phases > 1:
             moved += _INTERLEAVED * apart
-        held = each * _images(images, each * q) * q + (apart if gradient else 0)
+        kernel = 0 if gradient else q * prod(problem.rhs_shape) * problem.dtype.itemsize  # laid in blocks
+        held = each * _images(images, each * q) * q + kernel + (apart if gradient or phases > 1 else 0)
         return Cost(flops, moved, held, efficiency + 1)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:

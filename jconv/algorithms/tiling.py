@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jconv.adjoint import merge_axis
 from jconv.algorithms.base import Accuracy, Algorithm, Cost, unfused, zeros_as
 from jconv.device import Device
 from jconv.problem import ConvProblem, is_static
@@ -60,7 +59,14 @@ class InParts:
         if self.bands == 1:
             return one
         cut = prod(part.lhs_shape) + (prod(part.rhs_shape) if problem.is_weight_gradient else 0)
-        return replace(one, workspace=max(one.workspace, cut * problem.dtype.itemsize))
+        held = one.workspace + cut * problem.dtype.itemsize
+        return replace(one, workspace=held + self._too_long(problem) * problem.out_dtype.itemsize)
+
+    def _too_long(self, problem: ConvProblem) -> int:
+        """Elements of a result that bands are written into and from which what they leave over is cut, if they do."""
+        if problem.is_weight_gradient or self.bands * self._rows(problem) == _lengths(problem)[band_axis(problem)]:
+            return 0
+        return prod(problem.output_shape)
 
     def whole_cost(self, problem: ConvProblem, device: Device) -> Cost:
         """Of all parts together, but for the workspace, which is one part's."""
@@ -116,13 +122,20 @@ class InParts:
             return _cut(lhs, i, self.bands, (lhs_spec[images], part.lhs_shape[images]), lhs_rows, pads)
 
         if not gradient:
-            out = lax.map(lambda i: self.inner.run(part, of_lhs(i), rhs), jnp.arange(self.count))
-            if self.bands == 1:
-                return merge_axis(out, 0, out_spec[0])
-            out = out.reshape(self.images, self.bands, *out.shape[1:])
-            row_axis = 2 + band_axis(problem)
-            out = merge_axis(merge_axis(out, 1, 1 + out_spec[row_axis]), 0, out_spec[0])
-            return lax.slice_in_dim(out, 0, problem.output_shape[row_axis], axis=out_spec[row_axis])
+            row_axis = out_spec[2 + band_axis(problem)] if problem.spatial_rank else 0
+            result = list(problem.physical_output_shape)
+            if self.bands > 1:
+                result[row_axis] = self.bands * self._rows(problem)
+
+            def write(i: jax.Array, out: jax.Array) -> jax.Array:
+                at = {out_spec[0]: i // self.bands * part.output_shape[0]}
+                if self.bands > 1:
+                    at[row_axis] = i % self.bands * self._rows(problem)
+                y = self.inner.run(part, of_lhs(i), rhs)
+                return lax.dynamic_update_slice(out, y, [at.get(axis, 0) for axis in range(out.ndim)])
+
+            out = lax.fori_loop(0, self.count, write, zeros_as(lhs, result, part.out_dtype))
+            return lax.slice(out, [0] * out.ndim, problem.physical_output_shape)
 
         if problem.reversed:
             rhs = lax.rev(rhs, rhs_spec[2:])

@@ -63,9 +63,10 @@ class Volume:
             turned, summed = _TURNED * prod(problem.lhs_shape) * problem.dtype.itemsize, 0
         else:
             turned, summed = 0, 2 * prod(problem.output_shape) * problem.out_dtype.itemsize
+        held = taps * copied // 2 + summed + one.workspace  # XLA makes all slices first
         return Cost(
-            taps * one.flops, taps * (one.bytes + copied + summed) + turned, copied + summed + one.workspace,
-            one.efficiency, one.unit, taps * (one.kernels + 2), one.threads,
+            taps * one.flops, taps * (one.bytes + copied + summed) + turned, held, one.efficiency, one.unit,
+            taps * (one.kernels + 2), one.threads,
         )  # fmt: skip
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:

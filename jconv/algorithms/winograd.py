@@ -13,9 +13,11 @@ gradient. An axis with another window is summed tap by tap around the product.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from jconv.algorithms.base import (
     Accuracy,
     Cost,
     channel_last,
+    collides,
     from_channel_last,
     from_gradient,
     gradient_operands,
@@ -33,7 +36,7 @@ from jconv.algorithms.base import (
     over_rows,
     refuse_unsized,
     strided,
-    summed,
+    unfused,
 )  # fmt: skip
 from jconv.device import Device
 from jconv.problem import ConvProblem
@@ -98,7 +101,8 @@ class Winograd:
         components = (self.tile + 2) ** len(_axes(problem))
         rows, out, other = images * prod(tiles), problem.rhs_shape[0], _other_taps(problem)
         kernel = features * out * other  # transformed, or the products of a kernel gradient
-        stored = components * (rows * (features + out) + kernel) * problem.dtype.itemsize
+        transformed = components * rows * (features + out) * problem.dtype.itemsize
+        stored = transformed + components * kernel * problem.dtype.itemsize
         efficiency = 740 if problem.is_weight_gradient else 950
         half = 44 if problem.is_weight_gradient else 28
         for width in (features, out):
@@ -108,7 +112,14 @@ class Winograd:
         if other > 1 and not problem.is_weight_gradient:  # products of the other axis's taps are written and added up
             moved += 3 * other * components * rows * out * problem.dtype.itemsize
             efficiency = efficiency * 3 // 4
-        return Cost(flops, moved, stored, efficiency * rows // (rows + 32) + 1, kernels=7 + 2 * other)
+        held = stored
+        if problem.is_weight_gradient and other > 1:  # slices for all those taps at once
+            held += components * rows * other * features * problem.dtype.itemsize
+        elif problem.is_weight_gradient and collides(problem, min(features, out)):  # which is copied
+            held += components * rows * min(features, out) * problem.dtype.itemsize // 2
+        elif other > 1:  # one slice and one product at a time
+            held += transformed + components * kernel * problem.dtype.itemsize // 2
+        return Cost(flops, moved, held, efficiency * rows // (rows + 32) + 1, kernels=7 + 2 * other)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         if problem.is_weight_gradient:
@@ -130,18 +141,18 @@ def _forward(problem: ConvProblem, tile: int, x: jax.Array, w: jax.Array) -> jax
             kernel_transform, [lax.index_in_dim(kernel, i, axis + kernel.ndim - w.ndim) for i in range(3)]
         )
     kernel = kernel.reshape(len(transform) ** len(axes), -1, *w.shape[-2:])
-    others = [i for i in range(problem.spatial_rank) if i not in axes]
-    products = []
-    for number, tap in enumerate(np.ndindex(*(problem.window[i] for i in others))):
-        start = [t * problem.rhs_dilation[i] for t, i in zip(tap, others, strict=True)]
-        sizes, strides = ([of[i] for i in others] for of in (positions, problem.strides))
-        part = strided(data, [len(axes) + 1 + i for i in others], start, sizes, strides)
-        components, shape = part.shape[: len(axes)], part.shape[len(axes) : -1]
-        part = part.reshape(prod(components), -1, part.shape[-1])
-        contracted = ((2,), (2 if turned else 1,))
-        product = lax.dot_general(part, kernel[:, number], (contracted, ((0,), (0,))), precision=problem.precision)
-        products.append(product.reshape(*components, *shape, problem.rhs_shape[0]))
-    out = summed(products, chains=1)
+    contracted, taps = ((2,), (2 if turned else 1,)), _other_taps(problem)
+
+    def product(part: jax.Array, number: Any) -> jax.Array:
+        of_tap = lax.dynamic_index_in_dim(kernel, number, 1, keepdims=False)
+        rows = part.reshape(kernel.shape[0], -1, part.shape[-1])
+        product = lax.dot_general(rows, of_tap, (contracted, ((0,), (0,))), precision=problem.precision)
+        return product.reshape(*part.shape[:-1], problem.rhs_shape[0])
+
+    out = product(_met(problem, data, 0), 0)
+    if taps > 1:  # in a loop, or XLA would make the slices of all taps first
+        met = functools.partial(unfused, functools.partial(_met, problem), data)
+        out = lax.fori_loop(1, taps, lambda i, out: out + product(met(i), i), out)
     for axis in reversed(axes):
         at = axis + len(out.shape) - x.ndim  # the tile axis, once the leading component axis is gone
         out = _combined(inverse, list(out), at + 1)
@@ -180,6 +191,17 @@ def _kernel_gradient(problem: ConvProblem, tile: int, x: jax.Array, g: jax.Array
     order = np.argsort([*axes, *others])
     out = out.transpose(*order, out.ndim - 2, out.ndim - 1)
     return from_gradient(problem, out)
+
+
+def _met(problem: ConvProblem, data: jax.Array, tap: Any) -> jax.Array:
+    """What a tap of the other axes meets of the transformed input; the taps are counted."""
+    axes = _axes(problem)
+    for i in reversed([i for i in range(problem.spatial_rank) if i not in axes]):
+        axis, step, size = len(axes) + 1 + i, problem.strides[i], problem.output_shape[2 + i]
+        start, reach = tap % problem.window[i] * problem.rhs_dilation[i], (size - 1) * step + 1
+        data = strided(lax.dynamic_slice_in_dim(data, start, reach, axis), [axis], [0], [size], [step])
+        tap = tap // problem.window[i]
+    return data
 
 
 def _transformed_input(problem: ConvProblem, x: jax.Array, tile: int, positions: Sequence[int]) -> jax.Array:
