@@ -183,6 +183,12 @@ def shifted(g: jax.Array, taps: int, step: int) -> jax.Array:
     return lax.concatenate([lax.slice_in_dim(g, at, at + size, axis=axis) for at in starts], g.ndim - 1)
 
 
+def times_held(slices: int, features: int) -> int:
+    """How many times slices that are laid side by side are held at once: XLA writes them one by one first, if together they have
+    more than so many features."""
+    return 2 if slices > 1 and slices * features > 128 else 1
+
+
 def accumulator(problem: ConvProblem) -> np.dtype:
     """Where sums are written out, floats of 16 bits or fewer are summed in 32, as a product of matrices does."""
     narrow = jnp.issubdtype(problem.dtype, jnp.floating) and problem.out_dtype.itemsize < 4

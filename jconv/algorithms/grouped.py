@@ -33,6 +33,7 @@ from jconv.algorithms.base import (
     shifted,
     shifts,
     summed,
+    times_held,
     unreversed,
     zeros_as,
 )
@@ -80,7 +81,7 @@ class Grouped:
             peak = 550 if collides(problem, height) else 900
             efficiency = peak * height // (height + 16) * width // (width + 16)
         else:
-            efficiency = min(85 + 20 * q * features, 400 + 2 * q * features, 900)
+            efficiency = min(85 + 22 * q * features, 400 + 2 * q * features, 900)
         # Slices of the operands are copied, and a result is zeros before the blocks' are written into it.
         apart = prod(problem.output_shape) * problem.out_dtype.itemsize
         moved = 2 * operand_bytes(problem) + apart
@@ -96,7 +97,8 @@ class Grouped:
         if phases > 1:
             moved += _INTERLEAVED * apart
         kernel = 0 if gradient else q * prod(problem.rhs_shape) * problem.dtype.itemsize  # laid in blocks
-        held = each * _images(images, each * q) * q + kernel + (apart if gradient or phases > 1 else 0)
+        columns = each * _images(images, each * q) * q
+        held = times_held(taps, q * features) * columns + kernel + (apart if gradient or phases > 1 else 0)
         return Cost(flops, moved, held, efficiency + 1)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ from jconv.algorithms.base import (
     shifts,
     strided,
     taps,
+    times_held,
 )  # fmt: skip
 from jconv.device import Device
 from jconv.problem import ConvProblem, is_static
@@ -34,7 +35,6 @@ from jconv.problem import ConvProblem, is_static
 _MOST_SLICES = 256
 _NARROW = 8  # features below which rows of them are too short to copy one by one
 _WIDE = 32
-_SIDE_BY_SIDE = 128
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ class Im2col:
         # Short rows, and single features, are copied slowly.
         copied = columns * (max(1, _WIDE // features) if by_rows else 2)
         moved = operand_bytes(problem) + 2 * copied * size
-        # XLA writes the slices one by one before it lays more than so many features side by side.
-        held = columns * size * (2 if by_rows and slices > 1 and slices * features > _SIDE_BY_SIDE else 1)
+        held = columns * size * (times_held(slices, features) if by_rows else 1)
         if not problem.is_weight_gradient and problem.layout.rhs_spec[0] < problem.layout.rhs_spec[1]:
             held += prod(problem.rhs_shape) * size  # transposed
         return Cost(flops, moved, held, efficiency, kernels=3, reread=reread)
