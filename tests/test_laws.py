@@ -628,6 +628,35 @@ def test_signals_of_few_features_are_images_of_one_row(features, window, axes):
         assert_close(run(x, w), reference.convolve(problem, x, w), "channel_last", np.float32)
 
 
+@pytest.mark.parametrize("turned", (None, input_problem, weight_problem), ids=("forward", "input", "kernel"))
+@pytest.mark.parametrize(
+    "lhs, rhs, padding",
+    [
+        ((2, 9, 9, 3), (3, 3, 3, 30), "SAME"),
+        ((2, 9, 9, 12), (3, 3, 12, 8), "VALID"),
+        ((1, 9, 9, 16), (3, 3, 16, 16), "SAME"),
+        ((2, 9, 9, 40), (3, 3, 40, 24), ((2, 3), (2, 2))),
+        ((1, 9, 9, 160), (3, 3, 160, 176), "SAME"),
+        ((2, 19, 24), (3, 24, 32), "SAME"),
+    ],
+    ids=("odd_and_ragged", "few_bare", "narrow", "growing", "one_row_more", "signal"),
+)
+def test_a_nan_spreads_as_with_lax_however_channel_last_poses_it(lhs, rhs, padding, turned):
+    """Features and rows that it fills up hold zeros, and what they give is cut off."""
+    forward = _problem(lhs, rhs, (1,) * (len(lhs) - 2), padding)
+    problem, rng = forward if turned is None else turned(forward), np.random.default_rng(0)
+    last, xla = (next(a for a in ALGORITHMS if a.name == name) for name in ("channel_last", "xla"))
+    for broken in (0, 1):
+        operands = [rng.standard_normal(of.shape).astype(np.float32) for of in _operands(problem)]
+        operands[broken].flat[operands[broken].size // 2 + 1] = np.nan
+        masks = [
+            np.isnan(jax.jit(functools.partial(a.run, problem), compiler_options=AS_USERS)(*operands))
+            for a in (last, xla)
+        ]
+        np.testing.assert_array_equal(*masks)
+        assert 0 < masks[0].sum() < masks[0].size
+
+
 @pytest.mark.parametrize(
     "algorithm, lhs, rhs, strides, width, apart",
     (
