@@ -203,7 +203,9 @@ def _in_parts(way: Algorithm, problem: ConvProblem, device: Device) -> tuple[Alg
     sized = _sized(problem)
     ways = [within(way, problem, device, device.workspace_limit)]
     if ways[0] is not None and device.cache and is_static(*problem.lhs_shape, *problem.rhs_shape):
-        limits = (limit for limit in (4 * device.cache, device.cache) if limit < device.workspace_limit)
+        limits = (
+            limit for limit in (4 * device.cache, 2 * device.cache, device.cache) if limit < device.workspace_limit
+        )
         ways += (within(way, problem, device, limit) for limit in limits)
         ways.append(in_cache(way, problem, device))
     found = [

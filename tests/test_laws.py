@@ -779,7 +779,12 @@ _VOLUME = ((1, 26, 28, 28, 128), (3, 3, 3, 128, 256), (1, 1, 1), "VALID")
         ("grouped", (6, 8, 56, 56, 128), (3, 3, 3, 16, 128), (2, 2, 2), "SAME", 8, input_problem),
         ("grouped", (12, 28, 28, 1024), (3, 3, 32, 1024), (1, 1), "SAME", 32, None),
         ("groupwise", (12, 28, 28, 1024), (3, 3, 32, 1024), (1, 1), "SAME", 32, None),
+        ("grouped", (16, 56, 56, 8), (3, 3, 2, 512), (1, 1), "SAME", 4, None),
         ("direct", (6, 8, 56, 56, 64), (3, 3, 3, 4, 64), (1, 1, 1), "SAME", 16, None),
+        ("im2col", (32, 112, 112, 4), (3, 3, 4, 256), (1, 1), "SAME", 1, None),
+        ("im2col", (16, 112, 112, 4), (3, 3, 4, 256), (1, 1), "SAME", 1, weight_problem),
+        ("groupwise", (32, 56, 56, 128), (3, 3, 64, 512), (1, 1), "SAME", 2, None),
+        ("groupwise", (64, 56, 56, 64), (1, 1, 4, 1024), (1, 1), "SAME", 16, None),
     ],
 )
 def test_temporaries_keep_to_the_limit(name, lhs, rhs, strides, padding, groups, turned):
@@ -793,6 +798,16 @@ def test_temporaries_keep_to_the_limit(name, lhs, rhs, strides, padding, groups,
     used = run.lower(*_operands(problem)).compile().memory_analysis().temp_size_in_bytes
     assert used <= 1.1 * device.workspace_limit
     assert used <= 1.5 * algorithm.cost(problem, device).workspace + 2**20
+
+
+@pytest.mark.parametrize("name", ("grouped", "groupwise"))
+def test_a_loop_over_groups_writes_bfloat16_in_place(name):
+    """XLA:CPU would convert the whole result to float32 and back at every turn."""
+    problem = _problem((2, 12, 12, 64), (3, 3, 16, 96), groups=4).replace(dtype=np.dtype(jnp.bfloat16))
+    algorithm = next(a for a in ALGORITHMS if a.name == name)
+    text = jax.jit(functools.partial(algorithm.run, problem)).lower(*_operands(problem)).compile().as_text()
+    assert re.search(r"bf16\[2,12,12,96\]\S* convert\(", text)
+    assert not re.search(r"f32\[2,12,12,96\]\S* convert\(", text)
 
 
 def test_groups_of_few_features_are_read_where_they_lie():

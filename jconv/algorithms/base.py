@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import gcd, prod
@@ -37,6 +37,7 @@ class Cost:
         kernels: fused loops and library calls that are launched, one after the other.
         threads: how many threads the arithmetic can use; 0 is as many as there are.
         reread: bytes of operands that are read many times, which are best taken in parts that stay in the cache.
+        copied: whether a call or a loop writes the result, which as a part of another must be copied to its place.
     """
 
     flops: int
@@ -47,6 +48,7 @@ class Cost:
     kernels: int = 1
     threads: int = 0
     reread: int = 0
+    copied: bool = False
 
 
 @runtime_checkable
@@ -183,12 +185,6 @@ def shifted(g: jax.Array, taps: int, step: int) -> jax.Array:
     return lax.concatenate([lax.slice_in_dim(g, at, at + size, axis=axis) for at in starts], g.ndim - 1)
 
 
-def times_held(slices: int, features: int) -> int:
-    """How many times slices that are laid side by side are held at once: XLA writes them one by one first, if together they have
-    more than so many features."""
-    return 2 if slices > 1 and slices * features > 128 else 1
-
-
 def accumulator(problem: ConvProblem) -> np.dtype:
     """Where sums are written out, floats of 16 bits or fewer are summed in 32, as a product of matrices does."""
     narrow = jnp.issubdtype(problem.dtype, jnp.floating) and problem.out_dtype.itemsize < 4
@@ -214,6 +210,29 @@ def vary(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
 def zeros_as(x: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
     """Zeros that vary over the mesh axes that ``x`` varies over, as the carry of a loop over ``x`` must."""
     return vary(jnp.zeros(shape, dtype), varying(x))
+
+
+def assembled(
+    problem: ConvProblem,
+    like: jax.Array,
+    shape: Sequence[int],
+    count: int,
+    part: Callable[[Any], tuple[jax.Array, Mapping[int, Any]]],
+) -> jax.Array:
+    """A result of which a loop writes ``count`` parts in place: part(i) is an array, and where it starts along some axes. XLA:CPU
+    would rewrite all of a bfloat16 one each time."""
+    wide = np.dtype(np.float32) if problem.out_dtype == jnp.bfloat16 else problem.out_dtype
+
+    def write(i: Any, out: jax.Array) -> jax.Array:
+        y, starts = part(i)
+        return lax.dynamic_update_slice(out, y.astype(wide), [starts.get(axis, 0) for axis in range(out.ndim)])
+
+    return lax.fori_loop(0, count, write, zeros_as(like, shape, wide)).astype(problem.out_dtype)
+
+
+def bytes_of_assembled(problem: ConvProblem) -> int:
+    """Temporaries of :func:`assembled` beside a part: a wider result."""
+    return 4 * prod(problem.output_shape) if problem.out_dtype == jnp.bfloat16 else 0
 
 
 def unfused(f: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:

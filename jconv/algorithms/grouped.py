@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,9 @@ from jconv.algorithms.base import (
     Accuracy,
     Cost,
     accumulator,
+    assembled,
     by_phase,
+    bytes_of_assembled,
     collides,
     from_channel_last,
     from_gradient,
@@ -33,14 +36,13 @@ from jconv.algorithms.base import (
     shifted,
     shifts,
     summed,
-    times_held,
     unreversed,
-    zeros_as,
 )
 from jconv.device import Device
 from jconv.problem import ConvProblem, is_static
 
 _MOST_TAPS = 128
+_SIDE_BY_SIDE = 128
 _NARROW = 32  # features of a block below which the shifted sums cost less than more columns
 _CHUNK_BYTES = 1 << 20  # of columns at a time
 _INTERLEAVED = 8  # passes over a result that phases are written into
@@ -97,9 +99,16 @@ class Grouped:
         if phases > 1:
             moved += _INTERLEAVED * apart
         kernel = 0 if gradient else q * prod(problem.rhs_shape) * problem.dtype.itemsize  # laid in blocks
-        columns = each * _images(images, each * q) * q
-        held = times_held(taps, q * features) * columns + kernel + (apart if gradient or phases > 1 else 0)
-        return Cost(flops, moved, held, efficiency + 1)
+        at_once = _images(images, each * q)
+        # XLA writes the slices one by one before it lays many features side by side.
+        held = each * at_once * q * (2 if taps > 1 and taps * q * features > _SIDE_BY_SIDE else 1) + kernel
+        held += apart if gradient or phases > 1 else bytes_of_assembled(problem)
+        if not gradient:  # products, and their sum
+            shifted_terms = problem.window[0] + 1 if _folds(problem) else 1
+            held += (
+                at_once * prod(problem.output_shape[2:]) * q * outputs * shifted_terms * accumulator(problem).itemsize
+            )
+        return Cost(flops, moved, held, efficiency + 1, copied=not gradient and phases == 1)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         problem, rhs = unreversed(problem, rhs)
@@ -171,7 +180,7 @@ def _convolved(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Arra
     images = _images(batch, prod(sizes) * w.shape[1] * problem.dtype.itemsize)
     chunks = batch // images if is_static(batch) else 1
 
-    def write(i: jax.Array, out: jax.Array) -> jax.Array:
+    def block(i: Any) -> tuple[jax.Array, dict[int, Any]]:
         x = _part(lhs, (batch_axis, *spatial, feature_axis), i % chunks, images, i // chunks, q * features)
         x = pad_and_dilate(problem, x, range(1, x.ndim - 1))
         x = _columns(x, taps, problem.rhs_dilation, sizes, problem.strides)
@@ -190,11 +199,9 @@ def _convolved(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Arra
             ]
             y = summed(parts, chains=1)
         y = from_channel_last(problem, y.astype(problem.out_dtype))
-        at = {out_spec[0]: i % chunks * images, out_spec[1]: i // chunks * q * outputs}
-        return lax.dynamic_update_slice(out, y, [at.get(axis, 0) for axis in range(y.ndim)])
+        return y, {out_spec[0]: i % chunks * images, out_spec[1]: i // chunks * q * outputs}
 
-    empty = zeros_as(lhs, problem.physical_output_shape, problem.out_dtype)
-    return lax.fori_loop(0, blocks * chunks, write, empty)
+    return assembled(problem, lhs, problem.physical_output_shape, blocks * chunks, block)
 
 
 def _kernel_gradient(problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:

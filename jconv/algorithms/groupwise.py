@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import jax
 from jax import lax
 
-from jconv.algorithms.base import Accuracy, Algorithm, Cost, operand_bytes, refuse_unsized, zeros_as
+from jconv.algorithms.base import (
+    Accuracy,
+    Algorithm,
+    Cost,
+    assembled,
+    bytes_of_assembled,
+    operand_bytes,
+    refuse_unsized,
+)
 from jconv.device import Device
 from jconv.problem import ConvProblem
 
 _LANES = 16  # features of a cache line
-_PAGE, _WAYS = 4096, 512  # bytes between positions that fall on few sets of the cache, and how many of them those hold
+_PAGE, _WAYS = 4096, 256  # bytes between positions that fall on few sets of the cache, and how many of them those hold
 
 
 @dataclass(frozen=True)
@@ -47,8 +56,9 @@ class Groupwise:
             efficiency = efficiency // 2 + 1
         return Cost(
             one.flops * groups, one.bytes * groups + sliced * operand_bytes(problem) + written,
-            one.workspace + operand_bytes(group), efficiency, one.unit,
+            one.workspace + operand_bytes(group) + bytes_of_assembled(problem), efficiency, one.unit,
             (one.kernels + (12 if problem.is_weight_gradient else 4)) * groups, one.threads,
+            copied=not problem.is_weight_gradient,
         )  # fmt: skip
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -58,15 +68,14 @@ class Groupwise:
             (lhs_spec[0], group.lhs_shape[0]) if problem.batch_groups > 1 else (lhs_spec[1], group.lhs_shape[1])
         )
 
-        outputs, features = group.rhs_shape[0], out_spec[1]
+        outputs = group.rhs_shape[0]
 
-        def write(i: jax.Array, y: jax.Array) -> jax.Array:
+        def one(i: Any) -> tuple[jax.Array, dict[int, Any]]:
             x = lax.dynamic_slice_in_dim(lhs, i * size, size, grouped)
             w = lax.dynamic_slice_in_dim(rhs, i * outputs, outputs, rhs_spec[0])
-            return lax.dynamic_update_slice_in_dim(y, self.inner.run(group, x, w), i * outputs, features)
+            return self.inner.run(group, x, w), {out_spec[1]: i * outputs}
 
-        empty = zeros_as(lhs, problem.physical_output_shape, problem.out_dtype)
-        return lax.fori_loop(0, problem.groups, write, empty)
+        return assembled(problem, lhs, problem.physical_output_shape, problem.groups, one)
 
 
 def _group(problem: ConvProblem) -> ConvProblem:

@@ -27,7 +27,6 @@ from jconv.algorithms.base import (
     shifts,
     strided,
     taps,
-    times_held,
 )  # fmt: skip
 from jconv.device import Device
 from jconv.problem import ConvProblem, is_static
@@ -80,10 +79,12 @@ class Im2col:
         # Short rows, and single features, are copied slowly.
         copied = columns * (max(1, _WIDE // features) if by_rows else 2)
         moved = operand_bytes(problem) + 2 * copied * size
-        held = columns * size * (times_held(slices, features) if by_rows else 1)
+        held = (
+            columns * size * (2 if slices > 1 else 1)
+        )  # XLA writes the slices one by one before it lays them side by side
         if not problem.is_weight_gradient and problem.layout.rhs_spec[0] < problem.layout.rhs_spec[1]:
             held += prod(problem.rhs_shape) * size  # transposed
-        return Cost(flops, moved, held, efficiency, kernels=3, reread=reread)
+        return Cost(flops, moved, held, efficiency, kernels=3, reread=reread, copied=not problem.is_weight_gradient)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         if not problem.is_weight_gradient:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jconv.algorithms.base import Accuracy, Algorithm, Cost, unfused, zeros_as
+from jconv.algorithms.base import Accuracy, Algorithm, Cost, assembled, bytes_of_assembled, unfused, zeros_as
 from jconv.device import Device
 from jconv.problem import ConvProblem, is_static
 
@@ -56,11 +56,15 @@ class InParts:
     def cost(self, problem: ConvProblem, device: Device) -> Cost:
         part = self.part(problem)
         one = self.inner.cost(part, device)
-        if self.bands == 1:
-            return one
-        cut = prod(part.lhs_shape) + (prod(part.rhs_shape) if problem.is_weight_gradient else 0)
-        held = one.workspace + cut * problem.dtype.itemsize
-        return replace(one, workspace=held + self._too_long(problem) * problem.out_dtype.itemsize)
+        held = one.workspace + (prod(part.output_shape) * part.out_dtype.itemsize if one.copied else 0)
+        if not problem.is_weight_gradient:
+            held += bytes_of_assembled(problem)
+        if problem.is_weight_gradient:
+            held += (prod(part.lhs_shape) + prod(part.rhs_shape)) * problem.dtype.itemsize
+        elif self.bands > 1:
+            held += prod(part.lhs_shape) * problem.dtype.itemsize
+            held += self._too_long(problem) * problem.out_dtype.itemsize
+        return replace(one, workspace=held)
 
     def _too_long(self, problem: ConvProblem) -> int:
         """Elements of a result that bands are written into and from which what they leave over is cut, if they do."""
@@ -127,14 +131,13 @@ class InParts:
             if self.bands > 1:
                 result[row_axis] = self.bands * self._rows(problem)
 
-            def write(i: jax.Array, out: jax.Array) -> jax.Array:
-                at = {out_spec[0]: i // self.bands * part.output_shape[0]}
+            def one(i: Any) -> tuple[jax.Array, dict[int, Any]]:
+                starts = {out_spec[0]: i // self.bands * part.output_shape[0]}
                 if self.bands > 1:
-                    at[row_axis] = i % self.bands * self._rows(problem)
-                y = self.inner.run(part, of_lhs(i), rhs)
-                return lax.dynamic_update_slice(out, y, [at.get(axis, 0) for axis in range(out.ndim)])
+                    starts[row_axis] = i % self.bands * self._rows(problem)
+                return self.inner.run(part, of_lhs(i), rhs), starts
 
-            out = lax.fori_loop(0, self.count, write, zeros_as(lhs, result, part.out_dtype))
+            out = assembled(problem, lhs, result, self.count, one)
             return lax.slice(out, [0] * out.ndim, problem.physical_output_shape)
 
         if problem.reversed:

@@ -362,7 +362,7 @@ class Port:
         try:
             recording = self._recorded(inputs, eager=True)
         except Exception as error:
-            try:  # It runs traced only. Inner programs are traced by now and not entered again.
+            try:  # It runs traced only. Inner programs that JAX keeps are traced by now, and not entered again.
                 return self._recorded(inputs, eager=False)
             except jax.errors.UnexpectedTracerError:
                 raise error from None
