@@ -58,7 +58,7 @@ class Fold:
         efficiency = 1000 * features // (features + 24) * rows // (rows + 64) + 1
         added = prod(problem.output_shape) * prod(problem.window) * problem.out_dtype.itemsize
         if problem.rhs_shape[0] < _LANES:
-            added *= 6 if problem.rhs_shape[0] == 1 else 2 * _LANES // problem.rhs_shape[0]
+            added *= 9 if problem.rhs_shape[0] == 1 else 2 * _LANES // problem.rhs_shape[0]
         return Cost(
             2 * rows * features * width,
             operand_bytes(problem) + (stored + added) * 3 // 4,
