@@ -42,7 +42,7 @@ from jconv.device import Device
 from jconv.problem import ConvProblem, is_static
 
 _MOST_TAPS = 128
-_SIDE_BY_SIDE = 128
+_SIDE_BY_SIDE = 128  # columns above which XLA writes the slices one by one before it lays them so
 _NARROW = 32  # features of a block below which the shifted sums cost less than more columns
 _CHUNK_BYTES = 1 << 20  # of columns at a time
 _INTERLEAVED = 8  # passes over a result that phases are written into
@@ -100,14 +100,11 @@ class Grouped:
             moved += _INTERLEAVED * apart
         kernel = 0 if gradient else q * prod(problem.rhs_shape) * problem.dtype.itemsize  # laid in blocks
         at_once = _images(images, each * q)
-        # XLA writes the slices one by one before it lays many features side by side.
         held = each * at_once * q * (2 if taps > 1 and taps * q * features > _SIDE_BY_SIDE else 1) + kernel
         held += apart if gradient or phases > 1 else bytes_of_assembled(problem)
         if not gradient:  # products, and their sum
-            shifted_terms = problem.window[0] + 1 if _folds(problem) else 1
-            held += (
-                at_once * prod(problem.output_shape[2:]) * q * outputs * shifted_terms * accumulator(problem).itemsize
-            )
+            places, terms = prod(problem.output_shape[2:]), problem.window[0] + 1 if _folds(problem) else 1
+            held += at_once * places * q * outputs * terms * accumulator(problem).itemsize
         return Cost(flops, moved, held, efficiency + 1, copied=not gradient and phases == 1)
 
     def run(self, problem: ConvProblem, lhs: jax.Array, rhs: jax.Array) -> jax.Array:

@@ -79,9 +79,8 @@ class Im2col:
         # Short rows, and single features, are copied slowly.
         copied = columns * (max(1, _WIDE // features) if by_rows else 2)
         moved = operand_bytes(problem) + 2 * copied * size
-        held = (
-            columns * size * (2 if slices > 1 else 1)
-        )  # XLA writes the slices one by one before it lays them side by side
+        # XLA writes the slices one by one before it lays them side by side.
+        held = columns * size * (2 if slices > 1 else 1)
         if not problem.is_weight_gradient and problem.layout.rhs_spec[0] < problem.layout.rhs_spec[1]:
             held += prod(problem.rhs_shape) * size  # transposed
         return Cost(flops, moved, held, efficiency, kernels=3, reread=reread, copied=not problem.is_weight_gradient)

@@ -57,20 +57,15 @@ class InParts:
         part = self.part(problem)
         one = self.inner.cost(part, device)
         held = one.workspace + (prod(part.output_shape) * part.out_dtype.itemsize if one.copied else 0)
-        if not problem.is_weight_gradient:
-            held += bytes_of_assembled(problem)
         if problem.is_weight_gradient:
             held += (prod(part.lhs_shape) + prod(part.rhs_shape)) * problem.dtype.itemsize
-        elif self.bands > 1:
-            held += prod(part.lhs_shape) * problem.dtype.itemsize
-            held += self._too_long(problem) * problem.out_dtype.itemsize
+        else:
+            held += bytes_of_assembled(problem)
+            if self.bands > 1:
+                held += prod(part.lhs_shape) * problem.dtype.itemsize
+                if self.bands * self._rows(problem) > _lengths(problem)[band_axis(problem)]:
+                    held += prod(problem.output_shape) * problem.out_dtype.itemsize  # from a longer one, which is cut
         return replace(one, workspace=held)
-
-    def _too_long(self, problem: ConvProblem) -> int:
-        """Elements of a result that bands are written into and from which what they leave over is cut, if they do."""
-        if problem.is_weight_gradient or self.bands * self._rows(problem) == _lengths(problem)[band_axis(problem)]:
-            return 0
-        return prod(problem.output_shape)
 
     def whole_cost(self, problem: ConvProblem, device: Device) -> Cost:
         """Of all parts together, but for the workspace, which is one part's."""

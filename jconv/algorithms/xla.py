@@ -68,9 +68,8 @@ class Xla:
         if problem.reversed and not problem.is_weight_gradient:
             moved += 16 * prod(problem.rhs_shape) * size  # turned round and, as a rule, transposed: a scalar loop
         if problem.is_weight_gradient and problem.groups == 1:
-            moved += (1 if self.channel_last or problem.spatial_rank == 1 else 3) * _passes(
-                problem
-            )  # whole, they stay in no cache
+            times = 1 if self.channel_last or problem.spatial_rank == 1 else 3  # whole, they stay in no cache
+            moved += times * _passes(problem)
             held += (prod(problem.lhs_shape) + prod(problem.rhs_shape)) * size  # both transposed
         if not self.channel_last and _is_narrow_gradient(problem):
             efficiency = efficiency // 4 + 1
